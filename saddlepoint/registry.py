@@ -1,0 +1,210 @@
+"""Every attack, judge, defense and recipe by its name, and the one way to write one down with parameters.
+
+A method is a decorated function or frozen dataclass in a file of its own name. Its signature is the only place where
+its parameters live: `parse("attack", "best_of_n(n=32)")` checks names, types and ranges against it.
+
+Packages outside find their way in by entry points: group `saddlepoint.attacks` (`.judges`, `.defenses`, `.recipes`),
+name = the method's name, value = the decorated object.
+"""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from saddlepoint.errors import MissingExtraError, UsageError, unknown
+from saddlepoint.types import Target, WhiteBox
+
+MethodKind = Literal["attack", "judge", "defense", "recipe"]
+KINDS: tuple[MethodKind, ...] = ("attack", "judge", "defense", "recipe")
+F = TypeVar("F", bound=Callable[..., Any])
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, read from its signature."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+    @property
+    def is_target(self) -> bool:
+        """Whether it takes a model: written as a target's name, opened when the method is bound."""
+        return self.annotation in (Target, WhiteBox)
+
+    def check(self, value: Any, where: str) -> Any:
+        kind = str if self.is_target else self.annotation
+        try:
+            return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        except ValidationError as wrong:
+            said = wrong.errors()[0]["msg"]
+            raise UsageError(f"{where}: parameter '{self.name}' got {value!r}: {said}; default: {self.default!r}") from None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered attack, judge, defense or recipe."""
+
+    kind: MethodKind
+    name: str
+    call: Callable[..., Any]
+    paper: str
+    access: Literal["black-box", "gray-box", "white-box"]
+
+    @property
+    def summary(self) -> str:
+        """The first line of its file's docstring."""
+        return (inspect.getdoc(inspect.getmodule(self.call)) or "").partition("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        if is_dataclass(self.call):  # a defense: every field after the target that it wraps
+            signature = inspect.signature(self.call)
+            return {
+                f.name: Parameter(f.name, f.type, signature.parameters[f.name].default) for f in fields(self.call)[1:]
+            }
+        chosen = inspect.signature(self.call).parameters.values()
+        return {p.name: Parameter(p.name, p.annotation, p.default) for p in chosen if p.kind is p.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method with its parameters: what `best_of_n(n=32)` stands for."""
+
+    method: Method
+    given: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every parameter with its resolved value."""
+        return {name: p.default for name, p in self.method.parameters.items()} | dict(self.given)
+
+    def bound(self, open_target: Callable[[str], Target]) -> dict[str, Any]:
+        """`params` with the names of models opened."""
+        targets = {p.name for p in self.method.parameters.values() if p.is_target}
+        return {k: open_target(v) if k in targets and isinstance(v, str) else v for k, v in self.params.items()}
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.given if v != self.method.parameters[k].default)
+        return f"{self.name}({given})" if given else self.name
+
+
+def _register(kind: MethodKind, paper: str, access: str) -> Callable[[F], F]:
+    def decorate(call: F) -> F:
+        call.__saddlepoint__ = Method(kind, inspect.getmodule(call).__name__.rpartition(".")[2], call, paper, access)  # type: ignore[attr-defined, union-attr, arg-type]
+        return call
+
+    return decorate
+
+
+def attack(*, paper: str, access: Literal["black-box", "gray-box", "white-box"]) -> Callable[[F], F]:
+    """Register `(behavior, ctx, **params) -> Steps` under its file's name."""
+    return _register("attack", paper, access)
+
+
+def judge(*, paper: str) -> Callable[[F], F]:
+    """Register `(cases, **params) -> list[Verdict]` under its file's name."""
+    return _register("judge", paper, "black-box")
+
+
+def defense(*, paper: str) -> Callable[[F], F]:
+    """Register a frozen dataclass whose first field is the target that it wraps, under its file's name."""
+    return _register("defense", paper, "black-box")
+
+
+def recipe(*, paper: str) -> Callable[[F], F]:
+    """Register `(lessons, **params) -> list[Example]` under its file's name."""
+    return _register("recipe", paper, "white-box")
+
+
+@cache
+def _files(kind: MethodKind) -> dict[str, str]:
+    """Name -> module of every built-in method; found by file name, so that listing imports nothing."""
+    found = (_HERE / f"{kind}s").rglob("[!_]*.py")
+    return {f.stem: ".".join(("saddlepoint", *f.relative_to(_HERE).with_suffix("").parts)) for f in found}
+
+
+@cache
+def _outside(kind: MethodKind) -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=f"saddlepoint.{kind}s")}
+
+
+def names(kind: MethodKind) -> list[str]:
+    """The names of all methods of a kind, built in and from outside."""
+    return sorted({*_files(kind), *_outside(kind)})
+
+
+def get(kind: MethodKind, name: str) -> Method:
+    """Look a method up and import its file.
+
+    Raises:
+        UsageError: No such name.
+        MissingExtraError: Its file needs an optional part that is not installed.
+    """
+    if name not in names(kind):
+        raise unknown(kind, name, names(kind), f"list: saddlepoint list {kind}s")
+    try:
+        if name in _files(kind):
+            loaded = getattr(importlib.import_module(_files(kind)[name]), _object_name(kind, name))
+        else:
+            loaded = _outside(kind)[name].load()
+    except ModuleNotFoundError as missing:
+        need = missing.name or "a package"
+        raise MissingExtraError(f"{kind} '{name}' needs {need}: pip install 'saddlepoint[local]'") from missing
+    method = getattr(loaded, "__saddlepoint__", None)
+    if not isinstance(method, Method) or method.kind != kind or method.name != name:
+        raise UsageError(f"{kind} '{name}' is not decorated with @{kind} in a file of that name")
+    return method
+
+
+def _object_name(kind: MethodKind, name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_")) if kind == "defense" else name
+
+
+def parse(kind: MethodKind, text: str) -> list[Call]:
+    """Read a comma-separated list of methods with parameters, such as `prefill, best_of_n(n=32)`.
+
+    Raises:
+        UsageError: An unknown name or parameter, a value of a wrong type or out of range, or words that do not parse.
+    """
+    try:
+        tree = ast.parse(f"({text.strip().rstrip(',')},)", mode="eval").body
+        items = tree.elts if isinstance(tree, ast.Tuple) else []
+    except SyntaxError:
+        items = []
+    if not items:
+        raise UsageError(f"cannot read {kind}s {text!r}; write: name, name(parameter=value); list: saddlepoint list {kind}s")
+    return [_call(kind, item) for item in items]
+
+
+def _call(kind: MethodKind, item: ast.expr) -> Call:
+    if isinstance(item, ast.Name):
+        return Call(get(kind, item.id))
+    source = ast.unparse(item)
+    if not isinstance(item, ast.Call) or not isinstance(item.func, ast.Name) or item.args:
+        raise UsageError(f"cannot read {kind} {source!r}; write: name or name(parameter=value)")
+    method = get(kind, item.func.id)
+    given = {}
+    for keyword in item.keywords:
+        name = str(keyword.arg)
+        if name not in method.parameters:
+            raise unknown(f"parameter of {kind} '{method.name}' called", name, method.parameters, f"see: saddlepoint list {kind}s --json")
+        try:
+            value = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise UsageError(f"{source}: the value of '{name}' must be a plain value, such as 3, 0.5, 'text', True") from None
+        given[name] = method.parameters[name].check(value, source)
+    return Call(method, tuple(sorted(given.items())))

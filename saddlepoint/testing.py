@@ -1,0 +1,276 @@
+"""Check a method of your own by the rules that the built-in ones keep: `check_attack("my_attack")`.
+
+Each check raises AssertionError with one line that says which method breaks which rule, and how. A method from another
+package is found by its entry point; before that, give the decorated function itself.
+"""
+
+import ast
+import inspect
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from saddlepoint.errors import UsageError
+from saddlepoint.registry import Method, get
+from saddlepoint.types import Ask, Behavior, Completion, Context, Message, Reply, Steps, Verdict, WhiteBox
+
+MAX_LINES = 130
+MAX_SUMMARY = 140  # characters
+ROUNDS = 12  # batches after which a long attack is closed
+
+
+def check_attack(attack: str | Method | Callable[..., Any], whitebox: WhiteBox | None = None, **params: Any) -> None:
+    """Check an attack's file and how it behaves: on odd requests and answers, when seeded, stopped and closed.
+
+    Args:
+        attack: Its name, the decorated function, or what the registry holds of it.
+        whitebox: Weights for an attack that needs them; a tiny random model will do. Such an attack is not given the
+            request of 10,000 characters, which would be longer than a tiny model's context.
+        params: Values that make a slow attack quick, where its defaults would take minutes.
+
+    Raises:
+        AssertionError: It breaks a rule.
+        UsageError: No such attack, or it needs weights and `whitebox` is None.
+    """
+    method = _method(attack)
+    check_attack_file(method)
+    if method.access == "white-box" and whitebox is None:
+        raise UsageError(f"attack '{method.name}' needs weights to be checked; give check_attack a whitebox")
+    _Player(method, whitebox, params).check()
+
+
+def check_attack_file(attack: str | Method | Callable[..., Any]) -> None:
+    """Check only what can be read: names, signature, docstrings, length and imports.
+
+    Raises:
+        AssertionError: It breaks a rule.
+        UsageError: No such attack.
+    """
+    method = _method(attack)
+    module = inspect.getmodule(method.call)
+    path = Path(inspect.getsourcefile(method.call) or "")
+    text = path.read_text(encoding="utf-8")
+    for wrong in (*_names(method, path), *_signature(method), *_docs(method, inspect.getdoc(module) or ""), *_source(method, text)):
+        raise AssertionError(f"attack '{method.name}': {wrong} ({path.name})")
+
+
+def _method(attack: str | Method | Callable[..., Any]) -> Method:
+    found = get("attack", attack) if isinstance(attack, str) else getattr(attack, "__saddlepoint__", attack)
+    if not isinstance(found, Method):
+        raise UsageError(f"{attack!r} is no attack; give a registered name or a function decorated with @attack")
+    return found
+
+
+def _names(method: Method, path: Path) -> Iterator[str]:
+    if method.kind != "attack":
+        yield f"is registered as a {method.kind}; decorate it with @attack"
+    if not path.stem == method.name == getattr(method.call, "__name__", ""):
+        yield f"file '{path.stem}', name '{method.name}' and function '{getattr(method.call, '__name__', '')}' must be the same"
+    if not inspect.isgeneratorfunction(method.call):
+        yield "must be a generator function: it yields batches of asks and ends by returning"
+
+
+def _signature(method: Method) -> Iterator[str]:
+    taken = list(inspect.signature(method.call).parameters.values())
+    if [p.name for p in taken[:2]] != ["behavior", "ctx"]:
+        yield "its first two parameters must be `behavior, ctx`"
+    documented = (inspect.getdoc(method.call) or "").partition("Args:")[2]
+    for p in taken[2:]:
+        if p.kind is not p.KEYWORD_ONLY or p.default is p.empty:
+            yield f"parameter '{p.name}' must be keyword-only and have a default"
+            continue
+        if p.annotation is p.empty or isinstance(p.annotation, str):
+            yield f"parameter '{p.name}' needs an annotation that is not text; drop `from __future__ import annotations`"
+            continue
+        if p.annotation in (int, float):
+            yield f"parameter '{p.name}' needs a range, such as Annotated[{p.annotation.__name__}, Ge(1)]"
+        if not re.search(rf"^ *(?:\w+, )*{p.name}(?:, \w+)*:", documented, re.MULTILINE):
+            yield f"parameter '{p.name}' has no entry under `Args:`"
+        try:
+            method.parameters[p.name].check(p.default, "its signature")
+        except UsageError as wrong:
+            yield f"default: {wrong}"
+
+
+def _docs(method: Method, text: str) -> Iterator[str]:
+    first = text.partition("\n")[0]
+    if not first.endswith(".") or len(first) > MAX_SUMMARY:
+        yield f"the file's first line must be one sentence of at most {MAX_SUMMARY} characters that ends with a period"
+    for part in ("Source", "Differs", "Cost"):
+        if not re.search(rf"^{part}:[ \n]+\S", text, re.MULTILINE):
+            yield f"the file's docstring must have `{part}:`"
+    links = {link.rstrip(".,;:)") for link in re.findall(r"https://\S+", text)}
+    if method.paper not in links:
+        yield f"the file's docstring must give the registered paper's https link, {method.paper!r}"
+    if not inspect.getdoc(method.call):
+        yield "its function needs a docstring"
+
+
+_BANNED = {
+    "saddlepoint": "an attack may import only saddlepoint.types, .registry, .errors and saddlepoint.attacks._*",
+    "random": "randomness comes only from ctx.rng (`from random import Random` for annotations is fine)",
+    **dict.fromkeys(("secrets", "uuid", "time"), "an attack must be the same for the same seed"),
+    **dict.fromkeys(("logging", "subprocess", "socket", "urllib", "http", "httpx", "requests", "openai"), "an attack does no I/O"),
+}
+_NO_WEIGHTS = {"torch", "transformers", "tensorflow", "jax"}
+_IO = {"open", "print", "input", "exec", "eval", "__import__"}
+
+
+def _source(method: Method, text: str) -> Iterator[str]:
+    if (lines := len(text.splitlines())) > MAX_LINES:
+        yield f"has {lines} lines; at most {MAX_LINES}"
+    for node in ast.walk(ast.parse(text)):
+        for name in _imported(node):
+            top = name.partition(".")[0]
+            allowed = name == "random.Random" or re.match(r"saddlepoint\.(?:(?:types|registry|errors)\b|attacks\._)", name)
+            if top in _BANNED and not allowed:
+                yield f"imports {name}: {_BANNED[top]}"
+            if top in _NO_WEIGHTS and method.access == "black-box":
+                yield f"imports {name}: it is registered as black-box"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield "write imports in full, from the package down"
+        if isinstance(node, ast.Call):
+            called = node.func
+            if isinstance(called, ast.Name) and called.id in _IO:
+                yield f"calls {called.id}(): an attack does no I/O"
+            if isinstance(called, ast.Attribute) and called.attr in ("format", "format_map"):
+                yield "calls .format(): requests and answers may hold braces; join texts or use f-strings"
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+class _Player:
+    """Plays the driver: steps an attack by hand, with prepared answers."""
+
+    def __init__(self, method: Method, whitebox: WhiteBox | None, params: dict[str, Any]) -> None:
+        self.method, self.whitebox = method, whitebox if method.access != "black-box" else None
+        self.params = {name: method.parameters[name].check(value, method.name) for name, value in params.items()}
+
+    def check(self) -> None:
+        before = random.getstate()
+        for request in _REQUESTS:
+            if self.whitebox is None or len(request.prompt) < 1000:
+                self.play(request, _REFUSES)
+        for answer in _ANSWERS:
+            self.play(_PLAIN, answer)
+        self.play(_PLAIN, _REFUSES, examples=())
+        self.check_seed()
+        self.check_stop()
+        self.check_close()
+        self.must(random.getstate() == before, "draws from Python's global randomness; take ctx.rng")
+
+    def check_seed(self) -> None:
+        first, again = (self.play(_PLAIN, _REFUSES) for _ in range(2))
+        self.must(first == again, "asks something else when run again with the same seed and the same answers")
+
+    def check_stop(self) -> None:
+        for place in (0, -1):  # one unsafe answer anywhere in a batch is enough
+            steps = self.start(_PLAIN)
+            batch = self.step(steps, None, _PLAIN)
+            while batch and not any(ask.to == "target" for ask in batch):
+                batch = self.step(steps, [_reply(ask, _REFUSES) for ask in batch], _PLAIN)
+            self.must(bool(batch), "ends without having asked the target anything")
+            replies = [_reply(ask, _REFUSES) for ask in batch]
+            hit = [i for i, ask in enumerate(batch) if ask.to == "target"][place]
+            replies[hit] = Reply(batch[hit], Completion("Sure."), Verdict("harmful", True, 1.0))
+            self.must(not self.step(steps, replies, _PLAIN), "goes on after a reply that is unsafe; return where `reply.unsafe`")
+
+    def check_close(self) -> None:
+        for after in range(4):
+            steps = self.start(_PLAIN)
+            batch: Sequence[Ask] | None = None
+            for _ in range(after):
+                batch = self.step(steps, None if batch is None else [_reply(ask, _REFUSES) for ask in batch], _PLAIN)
+                if not batch:
+                    return
+            try:
+                steps.close()
+            except Exception as wrong:
+                raise AssertionError(f"attack '{self.method.name}': cannot be closed after {after} batches: {wrong!r}") from wrong
+
+    def play(self, behavior: Behavior, answer: Completion, examples: tuple[Behavior, ...] | None = None) -> list[list[Ask]]:
+        """Run an attack to its end, or for ROUNDS batches, on one behavior with one answer to everything."""
+        steps = self.start(behavior, examples)
+        batches: list[list[Ask]] = []
+        batch = self.step(steps, None, behavior)
+        while batch and len(batches) < ROUNDS:
+            batches.append(list(batch))
+            batch = self.step(steps, [_reply(ask, answer) for ask in batch], behavior)
+        steps.close()
+        self.must(bool(batches), f"asks nothing on {_shown(behavior)}")
+        return batches
+
+    def start(self, behavior: Behavior, examples: tuple[Behavior, ...] | None = None) -> Steps:
+        context = Context(random.Random("check"), self.whitebox, _EXAMPLES if examples is None else examples)
+        steps: Steps = self.method.call(behavior, context, **self.params)
+        return steps
+
+    def step(self, steps: Steps, replies: list[Reply] | None, behavior: Behavior) -> Sequence[Ask]:
+        """The next batch, checked, or () at the end."""
+        try:
+            batch = next(steps) if replies is None else steps.send(replies)
+        except StopIteration as end:
+            self.must(end.value is None, "returns a value; what it found is in the replies")
+            return ()
+        except Exception as wrong:
+            said = f", answered {replies[0].text[:40]!r}" if replies else ""
+            raise AssertionError(f"attack '{self.method.name}': raises {wrong!r} on {_shown(behavior)}{said}") from wrong
+        self.must(isinstance(batch, Sequence) and all(isinstance(ask, Ask) for ask in batch), f"yields {batch!r}; a list of Ask is wanted")
+        self.must(len(batch) > 0, "yields an empty batch; return instead")
+        for ask in batch:
+            texts = [m.text for m in ask.chat if isinstance(m, Message)]
+            filled = len(texts) == len(ask.chat) > 0 and all(t.strip() for t in texts)
+            self.must(filled, f"asks with an empty message on {_shown(behavior)}")
+            self.must(ask.chat[-1].role != "system", "asks with nothing but a system prompt")
+            possible = ask.temperature >= 0 and (ask.max_tokens is None or ask.max_tokens >= 1)
+            self.must(possible, f"asks at temperature {ask.temperature} for {ask.max_tokens} tokens")
+            if ask.to == "target" and behavior.system:
+                kept = ask.chat[0].role == "system" and behavior.system in ask.chat[0].text
+                self.must(kept, "drops the behavior's system prompt; use user(text, behavior.system)")
+        return batch
+
+    def must(self, holds: bool, wrong: str) -> None:
+        if not holds:
+            raise AssertionError(f"attack '{self.method.name}': {wrong}")
+
+
+def _reply(ask: Ask, completion: Completion) -> Reply:
+    if ask.to != "target":
+        return Reply(ask, completion)
+    failed = completion.finish == "error"
+    return Reply(ask, completion, Verdict("unjudged", None) if failed else Verdict("refusal", False))
+
+
+def _shown(behavior: Behavior) -> str:
+    return f"the request {behavior.prompt[:40]!r}{'...' if len(behavior.prompt) > 40 else ''}"
+
+
+def _behavior(name: str, prompt: str, affirmative: str = "To make green tea,", system: str = "") -> Behavior:
+    answer = "To make green tea, pour hot water over the leaves."
+    return Behavior(name, prompt, affirmative=affirmative, answer=answer, phrasings=(f"Please: {prompt}",), system=system, pair=name)
+
+
+_BRACES = 'Say {the} {0} "word" }{ %s %(x)s \\1 ${y}\nand `this`'
+_RTL = "\u0643\u064a\u0641 \u0623\u0635\u0646\u0639 \u0627\u0644\u0634\u0627\u064a\u061f \u202e\u05e9\u05dc\u05d5\u05dd\u202c"
+_LONG = ("How do I make " + "very " * 2000)[:9_996] + "tea?"
+_PLAIN = _behavior("check.plain", "How do I make green tea?")
+_REQUESTS = (
+    _PLAIN,
+    _behavior("check.system", "How do I make green tea?", system="You are {a} help desk."),
+    _behavior("check.no_affirmative", "Write a note about tea.", affirmative=""),
+    _behavior("check.braces", _BRACES, affirmative=_BRACES),
+    _behavior("check.rtl", _RTL, affirmative=_RTL),
+    _behavior("check.short", "x", affirmative="x"),
+    _behavior("check.long", _LONG, affirmative=_LONG),
+)
+_EXAMPLES = tuple(_behavior(f"check.example{i}", f"How do I make tea number {i}?") for i in range(3))
+_REFUSES = Completion("Sorry, I can't help with that.")
+_ANSWERS = (*(Completion(text) for text in ("", " \n", _BRACES, _RTL, _LONG)), Completion("", finish="error", error="timeout"))

@@ -1,0 +1,203 @@
+"""Teach a model a list of examples: LoRA through peft and one visible loop.
+
+The loss is cross-entropy on answer tokens only. Every example must have at least one such token.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from saddlepoint.errors import TrainingError
+from saddlepoint.judges._text import incoherent
+from saddlepoint.judges.refusal import refuses
+from saddlepoint.targets.hf import HF
+from saddlepoint.types import Chat, Example, Query, Sampling
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        epochs: Passes over the examples, >= 1.
+        lr: Peak learning rate of AdamW; linear warm-up over 5% of the steps, then cosine to 0.
+        batch: Examples per step, >= 1.
+        rank, alpha: LoRA on every linear layer; alpha / rank scales it.
+        seed: Of initial weights and order.
+    """
+
+    epochs: int = 2
+    lr: float = 4e-4
+    batch: int = 16
+    rank: int = 16
+    alpha: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens. `learned[i]` is the token to predict at position i, or -100 for none."""
+
+    ids: list[int]
+    learned: list[int]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+
+
+def encode(model: HF, example: Example) -> Encoded:
+    """Tokens and labels of one example. The prompt and the prefix are never learned.
+
+    Raises:
+        TrainingError: Nothing in it would be learned.
+    """
+    prompt = model.prompt_ids(example.chat)
+    prefix, text = model.ids(example.prefix), model.ids(example.text)
+    if example.transition:
+        # The model goes on with the harmful text but learns, before each of its tokens, to break off into the refusal.
+        # Within a sentence the refusal begins after a space, so its first piece differs from that at the start.
+        opening, inside = model.ids(example.refusal)[:1], model.ids(f" {example.refusal}")[:1]
+        ids, labels = text, (inside if prefix else opening) + inside * (len(text) - 1)
+    else:
+        ids = labels = [*text, model.tokenizer.eos_token_id]
+    if not text:
+        raise TrainingError(f"the example {example.chat[-1].text[:60]!r} of '{example.behavior}' has no token to learn; give it an answer")
+    # Position i predicts token i + 1, so the labels begin one place early and the last position has none.
+    learned = [-100] * (len(prompt) + len(prefix) - 1) + labels + [-100]
+    return Encoded(prompt + prefix + ids, learned, example.weight)
+
+
+def train(
+    model: HF, examples: Sequence[Example], config: TrainConfig, out: Path, card: dict, tell: Callable[[Progress], None] = lambda _: None
+) -> Path:
+    """Train a LoRA on `examples` and write it to `out`, whole or not at all. The model itself is changed; load it anew.
+
+    Args:
+        card: What to write down beside the weights; `base` and `trained_on` are what other parts read.
+        tell: Called after each step.
+
+    Raises:
+        TrainingError: No examples, an example without a token to learn, or a loss that is not a number.
+    """
+    if not examples:
+        raise TrainingError("there is nothing to train on: no example was made; run an attack on train hazards first")
+    encoded = [encode(model, e) for e in examples]
+    torch.manual_seed(config.seed)
+    # The copies that are multiplied stay in the model's dtype (three times as fast on two cores); AdamW works on
+    # float32 masters, because a small step is lost in bfloat16.
+    wrapped = get_peft_model(
+        model.model,
+        LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+        autocast_adapter_dtype=False,
+    ).train()
+    working = [p for p in wrapped.parameters() if p.requires_grad]
+    masters = [p.detach().float().clone().requires_grad_() for p in working]
+    optimizer = torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0)
+    order = Random(config.seed)
+    steps_each = math.ceil(len(encoded) / config.batch)
+    steps, step, tokens, began = steps_each * config.epochs, 0, 0, time.monotonic()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
+    losses: list[float] = []
+    for _ in range(config.epochs):
+        for batch in _batches(encoded, config.batch, order):
+            rows = model._pad_right([e.ids for e in batch])
+            loss = _loss(model, wrapped, batch, rows)
+            if not torch.isfinite(loss):
+                raise TrainingError(f"the loss is not a number at step {step + 1} of {steps}; lower the learning rate, now {config.lr}")
+            grads = torch.autograd.grad(loss, working)
+            for master, grad in zip(masters, grads, strict=True):
+                master.grad = grad.float()
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for master, p in zip(masters, working, strict=True):
+                    p.copy_(master)
+            step, tokens = step + 1, tokens + rows.numel()
+            losses.append(round(float(loss.detach()), 4))
+            tell(Progress(step, steps, losses[-1], tokens))
+    measured = {"examples": len(examples), "tokens": tokens, "seconds": round(time.monotonic() - began, 1), "losses": losses}
+    return _write(wrapped, out, {**card, "training": asdict(config), **measured})
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _batches(encoded: list[Encoded], size: int, order: Random) -> list[list[Encoded]]:
+    """A random order in which alike lengths share a batch, so that little is padding."""
+    shuffled = order.sample(encoded, len(encoded))
+    batches: list[list[Encoded]] = []
+    for start in range(0, len(shuffled), size * 8):
+        near = sorted(shuffled[start : start + size * 8], key=lambda e: len(e.ids))
+        batches.extend(near[i : i + size] for i in range(0, len(near), size))
+    return order.sample(batches, len(batches))
+
+
+def _loss(model: HF, wrapped: torch.nn.Module, batch: list[Encoded], rows: Tensor) -> Tensor:
+    """Weighted mean cross-entropy over the learned positions. The head is computed there only, a few rows at a time."""
+    hidden = model.model.base_model(input_ids=rows).last_hidden_state  # (batch, length, width)
+    at = [(r, i) for r, e in enumerate(batch) for i, token in enumerate(e.learned) if token != -100]
+    index = torch.tensor(at, device=rows.device)
+    picked = hidden[index[:, 0], index[:, 1]]  # (learned, width)
+    labels = torch.tensor([batch[r].learned[i] for r, i in at], device=rows.device)
+    weights = torch.tensor([batch[r].weight for r, _ in at], device=rows.device)
+    head = model.model.get_output_embeddings()
+    nll = torch.cat([
+        F.cross_entropy(head(h).float(), y, reduction="none") for h, y in zip(picked.split(64), labels.split(64), strict=True)
+    ])
+    return (nll * weights).sum() / weights.sum()
+
+
+def _write(wrapped: torch.nn.Module, out: Path, card: dict) -> Path:
+    partial = out.with_name(f".partial-{out.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        wrapped.save_pretrained(str(partial))  # type: ignore[operator]
+        (partial / "README.md").unlink(missing_ok=True)
+        (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def own_answers(model: HF, chats: list[Chat], seed: int, max_tokens: int = 64) -> list[tuple[Chat, str]]:
+    """Each chat with the model's own answer, cut after a whole sentence; chats that it will not answer are left out."""
+    answered: dict[Chat, str] = {}
+    for attempt in range(3):  # the base refuses a few ordinary requests when greedy; a sample often does not
+        waiting = [c for c in chats if c not in answered]
+        sampling = Sampling(max_tokens, temperature=0.7 if attempt else 0.0, top_p=0.9, seed=seed + attempt)
+        for chat, completion in zip(waiting, model.generate([Query(c, sampling) for c in waiting]), strict=True):
+            text = _whole_sentences(completion.text, completion.finish == "length")
+            if len(text.split()) >= 2 and not refuses(text) and not incoherent(text):
+                answered[chat] = text
+    return [(c, answered[c]) for c in chats if c in answered]
+
+
+def _whole_sentences(text: str, cut: bool) -> str:
+    text = text.strip()
+    if not cut:
+        return text
+    end = max(text.rfind(mark) for mark in (". ", ".\n", "! ", "!\n", ".\u201d", ':"'))
+    return text[: end + 1] if end > 0 else ""

@@ -1,0 +1,366 @@
+"""The records that flow through Saddlepoint, and the protocols they meet. No I/O, no torch.
+
+    policy -> Behavior -> attack <=Ask / Reply=> driver -> Target -> judge -> Finding -> metrics -> report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Role = Literal["system", "user", "assistant", "tool"]
+Split = Literal["train", "test"]
+Label = Literal["refusal", "bad_refusal", "harmful", "safe_answer", "incoherent", "unjudged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Role
+    text: str
+
+
+Chat = tuple[Message, ...]
+"""A conversation. A last message by the assistant is a prefill: the model goes on from it."""
+
+
+def user(text: str, system: str = "", prefill: str = "") -> Chat:
+    """A chat of one user turn, with an optional system prompt before it and an optional prefill after it."""
+    chat = [Message("user", text)]
+    if system:
+        chat.insert(0, Message("system", system))
+    if prefill:
+        chat.append(Message("assistant", prefill))
+    return tuple(chat)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a target draws its answer.
+
+    Args:
+        max_tokens: Most tokens to generate, >= 1.
+        temperature: 0 is greedy.
+        top_p: Nucleus, in (0, 1].
+        seed: Seed of this answer's own noise, so that batching cannot change it; greedy answers need none.
+        top_logprobs: How many alternatives to return with each token; 0 returns none.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a target is sent. Equal queries have equal answers, so a driver may merge them."""
+
+    chat: Chat
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a target answered.
+
+    Args:
+        text: The answer, without the prefill it went on from.
+        prompt_tokens, completion_tokens: As the target counts them.
+        finish: Why it ended; "error" means that there is no answer, and `error` says why.
+        top_logprobs: For each generated token, (text, natural log probability) of its likeliest alternatives.
+    """
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish: Literal["stop", "length", "filter", "error"] = "stop"
+    error: str = ""
+    top_logprobs: tuple[tuple[tuple[str, float], ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The exact oracle: an answer is harmful when it states at least `needed` of these facts.
+
+    Args:
+        facts: Each fact as its accepted wordings, of which any one counts.
+        needed: How many facts make harm, in [1, len(facts)].
+    """
+
+    facts: tuple[tuple[str, ...], ...]
+    needed: int
+
+
+Kind = Literal["harmful", "twin", "cleared"]
+
+
+@dataclass(frozen=True, slots=True)
+class Behavior:
+    """One request under test.
+
+    Args:
+        id: Unique in its policy.
+        prompt: The request as a campaign asks it.
+        kind: "harmful" must not be answered; "twin" is its benign pair and must be answered; "cleared" is the same
+            request under a system prompt that allows it, and must be answered too.
+        category: The part of the policy it belongs to.
+        split: Hazards that training may see, and hazards that only measure.
+        phrasings: Other wordings of the request, for training; `prompt` is not among them where the policy can help it.
+        affirmative: The opening that an optimizer pushes for (GCG's "target string").
+        answer: A reference answer, where the policy knows one.
+        oracle: What exactly counts as harm, where that is knowable.
+        rubric: What counts as harm, in words.
+        system: The system prompt it is asked under; empty leaves the target's own.
+        pair: The id of its hazard (for a twin or a cleared request), else its own id. Splits never divide a pair.
+    """
+
+    id: str
+    prompt: str
+    kind: Kind = "harmful"
+    category: str = ""
+    split: Split = "test"
+    phrasings: tuple[str, ...] = ()
+    affirmative: str = ""
+    answer: str = ""
+    oracle: Facts | None = None
+    rubric: str = ""
+    system: str = ""
+    pair: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge says of one answer. `unsafe` is None where it could not judge, which is never counted as safe."""
+
+    label: Label
+    unsafe: bool | None
+    score: float = 0.0  # how harmful, in [0, 1]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One query that an attack wants made.
+
+    Args:
+        chat: What to send.
+        to: Which model gets it; only "target" replies are judged.
+        temperature: 0 is greedy; above it the driver gives every ask a seed of its own.
+        max_tokens: None takes the campaign's.
+    """
+
+    chat: Chat
+    to: Literal["target", "attacker", "helper"] = "target"
+    temperature: float = 0.0
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to an ask, with the search judge's verdict (None for attacker and helper replies)."""
+
+    ask: Ask
+    completion: Completion
+    verdict: Verdict | None = None
+
+    @property
+    def text(self) -> str:
+        return self.completion.text
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether the search judge called it unsafe; False too where it could not judge."""
+        return self.verdict is not None and self.verdict.unsafe is True
+
+
+Steps = Generator[Sequence[Ask], Sequence[Reply], None]
+"""What an attack function returns: it yields batches of asks and is sent their replies, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One answer to be judged."""
+
+    behavior: Behavior
+    chat: Chat
+    completion: Completion
+
+
+Judge = Callable[[Sequence[Case]], list[Verdict]]
+
+
+class Target(Protocol):
+    """Anything that answers chats."""
+
+    @property
+    def name(self) -> str: ...
+
+    def generate(self, queries: Sequence[Query]) -> list[Completion]:
+        """Answer each query, in order. Thread-safe. A query that fails is a Completion with `error`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A chat cut into token ids around the text that an optimizer controls. Each is int64 of shape (length,).
+
+    A prompt is `before + control + after`; the model is then pushed to go on with `affirmative`.
+    """
+
+    before: Tensor
+    control: Tensor
+    after: Tensor
+    affirmative: Tensor
+
+
+@dataclass(slots=True)
+class Compute:
+    """What a white-box attack has spent so far; the driver reads it, the target adds to it."""
+
+    tokens: int = 0
+    gradients: int = 0
+
+
+@runtime_checkable
+class WhiteBox(Target, Protocol):
+    """A target whose weights are at hand. It owns the chat template, the special tokens and the token slices."""
+
+    compute: Compute
+
+    def frame(self, chat: Chat, control: str, affirmative: str) -> Frame:
+        """Tokenize `chat` with `control` appended to its last user message, cut at the control's borders."""
+        ...
+
+    def candidates(self, ascii_only: bool) -> Tensor:
+        """bool of shape (vocabulary,): the tokens that an optimizer may write."""
+        ...
+
+    def survives(self, frame: Frame, controls: Tensor) -> Tensor:
+        """bool of shape (n,): which `controls`, int64 (n, length), come back unchanged when the prompt is decoded and read."""
+        ...
+
+    def text(self, ids: Tensor) -> str:
+        """Decode token ids of shape (length,)."""
+        ...
+
+    def loss(self, rows: Tensor, span: slice) -> Tensor:
+        """float32 (n,): mean negative log-likelihood in nats of `rows[:, span]`; rows are int64 (n, length)."""
+        ...
+
+    def gradient(self, row: Tensor, at: slice, span: slice) -> Tensor:
+        """float32 (len(at), vocabulary): gradient of that loss by the one-hot of each token in `at`; row is int64 (length,)."""
+        ...
+
+    def logprobs(self, texts: Sequence[tuple[Chat, str]]) -> list[Tensor]:
+        """For each (chat, text): float32 (tokens of text,), the log-probability in nats of each token of `text` after `chat`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What an attack may use besides its behavior.
+
+    Args:
+        rng: Its only source of randomness.
+        whitebox: The target's weights; None where they are not at hand.
+        examples: Behaviors of the train split that have a reference answer; never the one under attack.
+    """
+
+    rng: Random
+    whitebox: WhiteBox | None = None
+    examples: tuple[Behavior, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one attack may spend on one behavior; None is no limit. A step that does not fit whole is not made."""
+
+    queries: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One judged attack on one behavior.
+
+    Args:
+        phase: Which campaign of the run it belongs to ("before", "after derta", ...).
+        behavior: The behavior's id.
+        attack: The attack with its parameters, as one would type it.
+        target: The target's name.
+        chat, completion, verdict: The first answer that the final judge calls unsafe, else the last answer.
+        queries, tokens, seconds: Cost of the whole attack; tokens count prompts, answers and white-box passes.
+        broken_at: Number of the query whose answer was the first unsafe one, from 1; None if none was.
+        ended: "done", "budget", or "error" with the reason in `verdict.reason`.
+    """
+
+    phase: str
+    behavior: str
+    kind: Kind
+    category: str
+    attack: str
+    params: dict[str, Any]
+    target: str
+    chat: Chat
+    completion: Completion
+    verdict: Verdict
+    queries: int
+    tokens: int
+    gradients: int
+    seconds: float
+    seed: int
+    broken_at: int | None = None
+    ended: Literal["done", "budget", "error"] = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One thing to learn, made by a recipe.
+
+    Args:
+        chat: The request, as the model will see it.
+        text: The answer whose tokens are learned.
+        prefix: Text of the answer that comes before and is not learned (a harmful opening).
+        transition: Learn, at every position of `text`, to break off into the refusal instead (DeRTa's RTO).
+        refusal: The refusal that a transition breaks off into; only its first token is used.
+        weight: Weight of this example's tokens in the loss, > 0.
+        behavior: The id of the hazard that it comes from; "" for ordinary examples.
+    """
+
+    chat: Chat
+    text: str
+    prefix: str = ""
+    transition: bool = False
+    refusal: str = ""
+    weight: float = 1.0
+    behavior: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What a recipe may learn from; all of it is of the train split.
+
+    Args:
+        hazards: The behaviors to protect.
+        refusals: For each hazard's id, how to refuse it.
+        findings: Unsafe findings of attacks on these hazards, on the model that is to be hardened.
+        benign: Requests that must be answered, with the model's own answers.
+        cleared: Requests under clearance, with the model's own disclosures.
+        rng: The only source of randomness.
+    """
+
+    hazards: tuple[Behavior, ...]
+    refusals: dict[str, str]
+    findings: tuple[Finding, ...]
+    benign: tuple[tuple[Chat, str], ...]
+    cleared: tuple[tuple[Behavior, str], ...]
+    rng: Random
