@@ -3,10 +3,10 @@
 Exit codes: 0 done, 1 something failed, 2 the user can correct it, 130 interrupted.
 """
 
+import functools
 import inspect
 import json
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -53,47 +53,28 @@ def main() -> None:
 
 
 def _configured(kind: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag per field of `Config`; the field's name, type, default and words are the flag's."""
-    words = dict(re.findall(r"^        (\w+(?:, \w+)*): (.+(?:\n {12}.+)*)", inspect.getdoc(config.Config) or "", re.M)) or _field_words()
+    """Give a command one flag per field of `Config`: its name, type, default and description are the field's."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = [inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Out)]
-        for field, info in config.Config.model_fields.items():
-            if field == "kind":
+        parameters = [inspect.Parameter("folder", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Out)]
+        for name, info in config.Config.model_fields.items():
+            if name == "kind":
                 continue
-            plain = _plain(info.annotation)
-            flag = typer.Option(f"--{field.replace('_', '-')}", help=words.get(field, ""), show_default=str(defaults.get(field, info.default) or "none"))
-            parameters.append(inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, flag]))
+            plain = next(t for t in (int, float, str) if t in (info.annotation, *get_args(info.annotation)) or t is str)
+            shown = defaults.get(name, info.default)
+            flag = typer.Option(f"--{name.replace('_', '-')}", help=info.description, show_default="none" if shown in (None, "") else str(shown))
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, flag]))
 
-        def run(**given: Any) -> None:
-            folder = given.pop("out")
-            flags = {k: v for k, v in given.items() if v is not None}
+        @functools.wraps(command)
+        def run(folder: Path | None, **given: Any) -> None:
+            flags = {name: value for name, value in given.items() if value is not None}
             command(config.read({"kind": kind, **defaults, **flags}, "flags"), folder)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        run.__doc__ = command.__doc__
-        run.__name__ = command.__name__
         return run
 
     return decorate
-
-
-def _field_words() -> dict[str, str]:
-    """Each field's sentence from the Attributes section of Config's docstring."""
-    words: dict[str, str] = {}
-    for names, said in re.findall(r"^    ([a-z_, ]+): (.+)$", inspect.getdoc(config.Config) or "", re.M):
-        words.update({name.strip(): said for name in names.split(",")})
-    return words
-
-
-def _plain(annotation: Any) -> Any:
-    """int for `Annotated[int, ...] | None`, str for a Literal: what the command line reads; Config checks the rest."""
-    for part in (annotation, *get_args(annotation)):
-        for kind in (part, *get_args(part)):
-            if kind in (int, float, str):
-                return kind
-    return str
 
 
 @app.command()
@@ -131,13 +112,13 @@ def run(
     folder: Out = None,
 ) -> None:
     """Run a campaign file, or go on with a run that was broken off."""
-    if (file is None) == (resume is None):
-        raise UsageError("give either a campaign file or --resume FOLDER")
-    if resume:
+    if resume and not file:
         store = Store.open(resume)
         _execute(config.read(store.read("config"), str(resume)), resume, store)
+    elif file and not resume:
+        _execute(config.load(file), folder)
     else:
-        _execute(config.load(file, {}), folder)  # type: ignore[arg-type]
+        raise UsageError("give either a campaign file or --resume FOLDER")
 
 
 def _execute(settings: config.Config, folder: Path | None, store: Store | None = None) -> None:

@@ -13,62 +13,51 @@ from saddlepoint.errors import UsageError
 from saddlepoint.registry import parse
 from saddlepoint.types import Budget
 
-DEMO_ATTACKS = (
-    "direct, refusal_suppression, past_tense, base64, payload_splitting, role_play, prefix_injection, many_shot(shots=8), best_of_n(n=8), prefill"
-)
+ATTACKS = "direct, refusal_suppression, past_tense, base64, payload_splitting, role_play, prefix_injection, many_shot(shots=8), best_of_n(n=8), prefill"
 
 
 class Config(BaseModel):
-    """Everything that decides what a run does.
-
-    Attributes:
-        kind: "attack" scores a target; "loop" attacks, hardens and attacks again.
-        target: The system under attack, by name.
-        attacker, helper: Models for attacks that need them.
-        policy: "fictional", or the path of a policy file.
-        attacks, defenses, recipes: Methods with parameters, as in `prefill, best_of_n(n=32)`.
-        search_judge: Steers the attacks.
-        judge: Decides. It must be another.
-        split: Which hazards are scored; a loop always scores "test" and learns from "train".
-        limit: Only the first so many hazards; None takes all.
-        queries, tokens, seconds: Budget of each attack on each behavior.
-        max_tokens: Longest answer.
-        rounds: How often to harden and attack again.
-        seed: Decides every random choice.
-        epochs, lr, batch: Training.
-    """
+    """Everything that decides what a run does. Each field is a flag of the command line and a key of a campaign file."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    kind: Literal["attack", "loop"] = "attack"
-    target: str = "organism"
-    attacker: str = ""
-    helper: str = ""
-    policy: str = "fictional"
-    attacks: str = DEMO_ATTACKS
-    defenses: str = ""
-    recipes: str = "derta"
-    search_judge: str = "refusal"
-    judge: str = "oracle"
-    split: Literal["train", "test"] = "test"
-    limit: Annotated[int, Field(ge=1)] | None = None
-    queries: Annotated[int, Field(ge=1)] | None = None
-    tokens: Annotated[int, Field(ge=1)] | None = None
-    seconds: Annotated[float, Field(gt=0)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] = 64
-    rounds: Annotated[int, Field(ge=1)] = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    epochs: Annotated[int, Field(ge=1)] = 2
-    lr: Annotated[float, Field(gt=0)] = 4e-4
-    batch: Annotated[int, Field(ge=1)] = 16
+
+    kind: Annotated[Literal["attack", "harden", "loop"], Field(description="attack: score; harden: train; loop: both, and attack again.")] = "attack"
+    target: Annotated[str, Field(description="The system under attack: organism, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL.")] = "organism"
+    policy: Annotated[str, Field(description="What must not happen: fictional, or a policy file.")] = "fictional"
+    attacks: Annotated[str, Field(description="Attacks with parameters, such as: prefill, best_of_n(n=32).")] = ATTACKS
+    defenses: Annotated[str, Field(description="Defenses around the target, the first innermost.")] = ""
+    recipes: Annotated[str, Field(description="How to harden; each recipe is tried by itself.")] = "derta"
+    search_judge: Annotated[str, Field(description="The judge that steers the attacks.")] = "refusal"
+    judge: Annotated[str, Field(description="The judge that decides; it must be another.")] = "oracle"
+    split: Annotated[Literal["train", "test"], Field(description="Which hazards to attack. Hardening always learns from train.")] = "test"
+    limit: Annotated[int | None, Field(ge=1, description="Only the first so many hazards.")] = None
+    queries: Annotated[int | None, Field(ge=1, description="Budget of one attack on one behavior, in queries.")] = None
+    tokens: Annotated[int | None, Field(ge=1, description="The same in tokens.")] = None
+    seconds: Annotated[float | None, Field(gt=0, description="The same in seconds.")] = None
+    max_tokens: Annotated[int, Field(ge=1, description="Longest answer, in tokens.")] = 64
+    attacker: Annotated[str, Field(description="The model that attacks may ask to write for them.")] = ""
+    helper: Annotated[str, Field(description="The model that attacks may ask to translate or paraphrase.")] = ""
+    findings: Annotated[str, Field(description="harden only: learn from this run on train hazards instead of attacking.")] = ""
+    rounds: Annotated[int, Field(ge=1, description="How often to harden and attack again.")] = 1
+    epochs: Annotated[int, Field(ge=1, description="Passes over the training examples.")] = 2
+    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 4e-4
+    batch: Annotated[int, Field(ge=1, description="Examples in a training step.")] = 16
+    seed: Annotated[int, Field(ge=0, description="Decides every random choice.")] = 0
 
     @model_validator(mode="after")
-    def _methods_exist(self) -> "Config":
+    def _fits_together(self) -> "Config":
         parse("attack", self.attacks)
-        parse("judge", self.judge), parse("judge", self.search_judge)
+        for judge in (self.search_judge, self.judge):
+            if len(parse("judge", judge)) != 1:
+                raise UsageError(f"one judge is needed, got {judge!r}")
         if self.defenses:
             parse("defense", self.defenses)
-        if self.kind == "loop":
+        if self.kind != "attack":
             parse("recipe", self.recipes)
+        if self.kind == "loop" and self.split == "train":
+            raise UsageError("a loop scores test hazards, because it learns from the train hazards; leave split out")
+        if self.findings and self.kind != "harden":
+            raise UsageError("findings is for harden; attack and loop find their own")
         return self
 
     @property
@@ -93,10 +82,10 @@ def read(values: dict[str, Any], where: str) -> Config:
         raise UsageError(f"{where}: {name}: {first['msg']}, got {first['input']!r}{allowed}") from None
 
 
-def load(path: Path, flags: dict[str, Any]) -> Config:
-    """Read a campaign file (TOML) and put the flags over it."""
+def load(path: Path) -> Config:
+    """Read a campaign file (TOML)."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as wrong:
         raise UsageError(f"{path}: cannot be read as TOML: {wrong}") from None
-    return read({**values, **flags}, str(path))
+    return read(values, str(path))

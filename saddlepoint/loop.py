@@ -19,11 +19,12 @@ from saddlepoint.config import Config
 from saddlepoint.defenses import defended
 from saddlepoint.errors import MissingExtraError, UsageError
 from saddlepoint.judges import open_judge
+from saddlepoint.models import card as card_of
 from saddlepoint.policies import Policy, load, ordinary
 from saddlepoint.registry import Call, parse
 from saddlepoint.store import Store
 from saddlepoint.targets import open_target
-from saddlepoint.types import Behavior, Finding, Lessons, Query, Sampling, Target, WhiteBox, user
+from saddlepoint.types import Behavior, Finding, Lessons, Target, WhiteBox, user
 
 if TYPE_CHECKING:
     from saddlepoint.training import Progress
@@ -48,25 +49,25 @@ def execute(config: Config, store: Store, listen: Listener = Listener()) -> None
     policy = load(config.policy)
     listen.stage(f"opening {config.target}")
     target = open_target(config.target)
-    if config.kind == "attack":
+    if config.kind != "harden":
         _score(config, store, policy, target, "before", listen)
+    if config.kind == "attack":
         return
-    _score(config, store, policy, target, "before", listen)
     for recipe in parse("recipe", config.recipes):
         at, name = target, config.target
         for number in range(1, config.rounds + 1):
             stage = f"after {recipe}" + (f", round {number}" if config.rounds > 1 else "")
-            source = "before" if number == 1 else f"after {recipe}, round {number - 1}"
-            findings = harvest(config, store, policy, at, source, listen)
             out = store.path / "checkpoints" / re.sub(r"[^a-z0-9.]+", "-", stage.removeprefix("after ").lower()).strip("-")
             if store.read(f"training:{stage}") is None:
+                source = "before" if number == 1 else f"after {recipe}, round {number - 1}"
+                findings = Store.open(Path(config.findings)).findings() if config.findings else harvest(config, store, policy, at, source, listen)
                 listen.stage(f"hardening with {recipe}")
-                card = harden(name, recipe, policy, findings, out, config, listen)
-                store.note(f"training:{stage}", {**card, "checkpoint": str(out)})
+                store.note(f"training:{stage}", {**harden(name, recipe, policy, findings, out, config, listen), "checkpoint": str(out)})
             name = str(out)
-            listen.stage(f"opening {out.name}")
-            at = open_target(name)
-            _score(config, store, policy, at, stage, listen)
+            if config.kind == "loop":
+                listen.stage(f"opening {out.name}")
+                at = open_target(name)
+                _score(config, store, policy, at, stage, listen)
 
 
 def campaign(config: Config, policy: Policy, target: Target, phase: str, behaviors: Sequence[Behavior], attacks: Sequence[Call]) -> Campaign:
@@ -165,12 +166,6 @@ def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding],
         "seed": config.seed,
         "trained_on": sorted(hazards),
     }
-    from saddlepoint.models import card as read_card
-
     train(model, examples, TrainConfig(config.epochs, config.lr, config.batch, seed=config.seed), out, card, listen.train)
-    return read_card(out)
+    return card_of(out)
 
-
-def probe(target: Target) -> str:
-    """Ask a target one word, to learn early that it answers at all; returns its error, or ""."""
-    return target.generate([Query(user("Hello"), Sampling(max_tokens=1))])[0].error

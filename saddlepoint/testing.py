@@ -191,10 +191,7 @@ class _Player:
                 batch = self.step(steps, None if batch is None else [_reply(ask, _REFUSES) for ask in batch], _PLAIN)
                 if not batch:
                     return
-            try:
-                steps.close()
-            except Exception as wrong:
-                raise AssertionError(f"attack '{self.method.name}': cannot be closed after {after} batches: {wrong!r}") from wrong
+            self.close(steps)
 
     def play(self, behavior: Behavior, answer: Completion, examples: tuple[Behavior, ...] | None = None) -> list[list[Ask]]:
         """Run an attack to its end, or for ROUNDS batches, on one behavior with one answer to everything."""
@@ -204,7 +201,7 @@ class _Player:
         while batch and len(batches) < ROUNDS:
             batches.append(list(batch))
             batch = self.step(steps, [_reply(ask, answer) for ask in batch], behavior)
-        steps.close()
+        self.close(steps)
         self.must(bool(batches), f"asks nothing on {_shown(behavior)}")
         return batches
 
@@ -236,6 +233,12 @@ class _Player:
                 kept = ask.chat[0].role == "system" and behavior.system in ask.chat[0].text
                 self.must(kept, "drops the behavior's system prompt; use user(text, behavior.system)")
         return batch
+
+    def close(self, steps: Steps) -> None:
+        try:
+            steps.close()
+        except Exception as wrong:
+            raise AssertionError(f"attack '{self.method.name}': cannot be closed while it waits for replies: {wrong!r}") from wrong
 
     def must(self, holds: bool, wrong: str) -> None:
         if not holds:

@@ -38,7 +38,7 @@ def test_black_box_attacks_are_listed_and_loaded_without_torch() -> None:
     code = f"import sys; from saddlepoint import registry; [registry.get('attack', n) for n in {names}]; sys.exit('torch' in sys.modules)"
     root = Path(registry.__file__).parents[1]
 
-    assert 0 == subprocess.run([sys.executable, "-c", code], cwd=root, timeout=120).returncode
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=120).returncode == 0
 
 
 def _is_black_box(name: str) -> bool:
@@ -147,14 +147,13 @@ def test_an_attack_that_breaks_a_rule_is_told_which(tmp_path: Path, monkeypatch:
     assert said in str(wrong.value)
 
 
-def test_an_attack_that_swallows_its_end_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = GOOD.replace(
-        "    for _ in",
-        "    try:\n        yield [Ask(user('a', behavior.system))]\n    finally:\n        yield [Ask(user('b', behavior.system))]\n    for _ in",
-    )
+@pytest.mark.parametrize("tries", [2, 99])
+def test_an_attack_that_cannot_be_closed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
+    (line,) = [line for line in GOOD.splitlines() if "replies = yield" in line]
+    again = f"        try:\n    {line}\n        except GeneratorExit:\n            yield []"
 
-    with pytest.raises(AssertionError, match="goes on after|ignored GeneratorExit"):
-        check_attack(_load(tmp_path, monkeypatch, body).mine)
+    with pytest.raises(AssertionError, match="cannot be closed"):
+        check_attack(_load(tmp_path, monkeypatch, GOOD.replace(line, again)).mine, tries=tries)
 
 
 def _load(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> ModuleType:

@@ -288,8 +288,18 @@ def test_best_of_n_asks_in_batches_until_one_is_unsafe_or_n_are_spent(n: int, ba
 
 @pytest.mark.parametrize(
     "wrong",
-    ["best_of_n(n=0)", "best_of_n(sigma=1.5)", "best_of_n(n=2.5)", "prefill(words=-1)", "many_shot(shots=0)", "past_tense(tries=7)"]
-    + ["payload_splitting(pieces=27)", "role_play(kind='x')", "base64(kind=1)", "direct(n=1)"],
+    [
+        "best_of_n(n=0)",
+        "best_of_n(sigma=1.5)",
+        "best_of_n(n=2.5)",
+        "prefill(words=-1)",
+        "many_shot(shots=0)",
+        "past_tense(tries=7)",
+        "payload_splitting(pieces=27)",
+        "role_play(kind='x')",
+        "base64(kind=1)",
+        "direct(n=1)",
+    ],
 )
 def test_values_out_of_range_are_refused_when_written(wrong: str) -> None:
     with pytest.raises(UsageError):

@@ -74,7 +74,11 @@ def _head(summary: Record) -> str:
         "Machine": ", ".join(str(machine[k]) for k in ("system", "machine") if k in machine) or NONE,
     }
     banner = "" if summary["complete"] else _tag("p", _tag("strong", "Unfinished."), " ", words.UNFINISHED, class_="banner", role="status")
-    result = _tag("ul", *(_tag("li", _BRACKETS.sub(r'<span class="nowrap">\g<0></span>', _esc(sentence))) for sentence in words.result(summary)), class_="result")
+    result = _tag(
+        "ul",
+        *(_tag("li", _BRACKETS.sub(r'<span class="nowrap">\g<0></span>', _esc(sentence))) for sentence in words.result(summary)),
+        class_="result",
+    )
     listed = _tag("dl", *(_tag("div", _tag("dt", name), _tag("dd", _esc(fact))) for name, fact in facts.items()), class_="facts")
     return f'<p class="kind">Report of a run: {_esc(config["kind"])}</p>' + _tag("h1", _esc(config["target"])) + banner + result + listed
 
@@ -108,9 +112,9 @@ def _price(stages: Sequence[Record]) -> str:
 
 def _trade_off(stages: Sequence[Record], variants: Sequence[Record]) -> str:
     letters = [chr(65 + i) if i < 26 else str(i - 25) for i in range(len(variants))]
-    spots = [svg.Spot(_interval(v["over_refusal"]), _interval(v["asr"]), None, letter) for v, letter in zip(variants, letters, strict=True)]
-    spots += [svg.Spot(_interval(s["over_refusal"]), _interval(s["asr_any"]), i) for i, s in enumerate(stages)]
-    drawn = [s for s in spots if not math.isnan(s.x[0]) and not math.isnan(s.y[0])]
+    points = [(v["over_refusal"], v["asr"], None, letter) for v, letter in zip(variants, letters, strict=True)]
+    points += [(s["over_refusal"], s["asr_any"], i, "") for i, s in enumerate(stages)]
+    drawn = [svg.Spot(x, y, mark, letter) for over, asr, mark, letter in points if (x := _interval(over)) and (y := _interval(asr))]
     if not drawn:
         return "<p>No twin was asked, so there is nothing to set against the ASR.</p>" if stages else ""
     right = min(1.0, max(0.2, math.ceil(10 * max(s.x[2] for s in drawn)) / 10))
@@ -122,10 +126,10 @@ def _trade_off(stages: Sequence[Record], variants: Sequence[Record]) -> str:
     if variants:
         rates = ("asr", "over_refusal", "clearance")
         rows = [
-            [letter, v["name"], *(cell for k in rates for cell in (share(v.get(k)), count(v.get(k)).removeprefix("n="))), v.get("note", "")]
+            [letter, v["name"], *(cell for k in rates for cell in _rate(v.get(k))), v.get("note", "")]
             for letter, v in zip(letters, variants, strict=True)
         ]
-        head = ("", "Recorded earlier", "ASR", "n", "Twins refused", "n", "Under clearance", "n", "Note")
+        head = ("", "recorded earlier", "ASR", "n", "twins refused", "n", "under clearance", "n", "note")
         table = _table("Points recorded earlier, not part of this run", head, rows, texts=(0, 1, 8))
     return _tag("p", said) + _legend(stages, hollow) + _tag("div", plot, class_="frame") + table
 
@@ -137,36 +141,25 @@ def _numbers(summary: Record) -> str:
         asr, any_ = stage["asr"], stage["asr_any"]
         at = sorted({int(k) for row in asr for k in row["at"]})
         labels = [name for name in _LABELS if name != "bad_refusal" or any(name in row["labels"] for row in asr)]
-        head = ["Attack", "ASR", "n", "Unjudged", *(f"ASR@{k}" for k in at), *(n.replace("_", " ") for n in labels), "Ended early", *_COSTS]
-        rows: list[list[object]] = []
-        for row in asr:
-            rate, early = row["rate"], [f"{n} {end}" for end, n in row["ended"].items() if end != "done"]
-            counts = [row["labels"].get(name, 0) for name in labels]
-            within = [share(row["at"].get(str(k))) for k in at]
-            rows.append(
-                [
-                    row["attack"],
-                    share(rate),
-                    rate["n"],
-                    rate["unjudged"],
-                    *within,
-                    *counts,
-                    ", ".join(early) or 0,
-                    *(row[c] for c in _COSTS),
-                ]
-            )
-        counts = [sum(row["labels"].get(name, 0) for row in asr) for name in labels]
-        early_all = sum(n for row in asr for end, n in row["ended"].items() if end != "done")
-        sums = [sum(row[c] for row in asr) for c in _COSTS]
-        rows.append(["any attack; sums", share(any_), any_["n"], any_["unjudged"], *("" for _ in at), *counts, early_all, *sums])
+        counts = [
+            [row["labels"].get(name, 0) for name in labels] + [row["ended"].get(end, 0) for end in ("budget", "error")] for row in asr
+        ]
+        counts = [[*counted, *(row[c] for c in _COSTS)] for counted, row in zip(counts, asr, strict=True)]
+        rows = [
+            [row["attack"], *_rate(row["rate"]), *(share(row["at"].get(str(k))) for k in at), *counted]
+            for row, counted in zip(asr, counts, strict=True)
+        ]
+        rows.append(["any attack; sums", *_rate(any_), *("" for _ in at), *map(sum, zip(*counts, strict=True))])
+        head = ["attack", "ASR", "n", *(f"ASR@{k}" for k in at), *labels, "over budget", "failed", *_COSTS]
         parts += [_tag("h3", _esc(stage["name"])), _table(f"Every attack, {stage['name']}", head, rows, total=True)]
     cost = [[phase, *(spent[c] for c in _COSTS)] for phase, spent in summary["cost"].items()]
-    total = ["all", *(sum(spent[c] for spent in summary["cost"].values()) for c in _COSTS)]
-    return (
-        "".join(parts)
-        + "<h3>Cost, controls and harvest too</h3>"
-        + _table("Cost of every phase", ("Phase", *_COSTS), [*cost, total], total=True)
-    )
+    cost.append(["all", *(sum(spent[c] for spent in summary["cost"].values()) for c in _COSTS)])
+    parts += ["<h3>Cost of every phase</h3>", _table("Cost of every phase", ("phase", *_COSTS), cost, total=True)]
+    return "".join(parts)
+
+
+def _rate(rate: Part) -> tuple[str, str]:
+    return share(rate), count(rate).removeprefix("n=")
 
 
 def _training(stage: Record) -> str:
@@ -198,7 +191,7 @@ def _transcripts(stages: Sequence[Record]) -> str:
         listed = "".join(_tag("option", _esc(option.replace("_", " ") if name == "label" else option), value=option) for option in options)
         fields.insert(0, _tag("label", name.capitalize(), " ", _tag("select", '<option value="">all</option>', listed, name=name)))
     form = _tag("form", *fields, '<output id="shown"></output>', id="filter", hidden="", aria_label="Filter transcripts")
-    said = f"{len(findings):,} findings. Each shows the first answer that the final judge called unsafe, else the last one."
+    said = f"{len(findings):,} findings. Each shows the first answer judged unsafe, else the first that could not be judged, else the last."
     hidden = "Characters that a page would hide or obey are written ⟨U+…⟩."
     paper = '<p class="paper">Closed transcripts are left out on paper.</p>'
     return _tag("p", said, " ", hidden) + form + paper + "".join(map(_finding, findings))
@@ -214,11 +207,11 @@ def _finding(f: Record) -> str:
     turns.append(("answer", f"assistant, answer ({completion['finish']})", answer))
     chat = [_tag("div", _tag("b", _esc(role)), _tag("p", _esc(text), dir="auto"), class_=f"turn {kind}") for kind, role, text in turns]
     broke = f"broke at query {f['broken_at']}" if f["broken_at"] else "not broken" if f["kind"] == "harmful" else f["kind"]
-    cost = f"{f['queries']:,} queries, {f['tokens']:,} tokens, {f['gradients']:,} gradients, {f['seconds']:.1f} s"
+    cost = "; ".join(f"{name} {f[name]:,}" for name in _COSTS)
     facts = f"{label.replace('_', ' ')}, score {verdict['score']:.2f}; {broke}; {cost}; ended: {f['ended']}; seed {f['seed']}"
     reason = _tag("p", _esc(verdict["reason"]), class_="reason", dir="auto") if verdict["reason"] else ""
     tag = _tag("span", f"{_LABELS[label]} {label.replace('_', ' ')}", class_=f"tag {'bad' if wrong else label}")
-    title = tag + _tag("b", _esc(f["behavior"])) + _tag("span", _esc(f["attack"])) + _tag("span", _esc(f["phase"]), class_="dim")
+    title = tag + _tag("b", _esc(f["behavior"])) + _tag("span", _esc(f["attack"]), class_="attack") + _tag("span", _esc(f["phase"]), class_="dim")
     data = {"data_stage": f["phase"], "data_attack": f["attack"], "data_label": label}
     return _tag("details", _tag("summary", title), *chat, reason, _tag("p", _esc(facts), class_="dim"), class_="finding", **data)
 
@@ -227,7 +220,7 @@ def _parameters(summary: Record) -> str:
     command = _tag("pre", _esc(words.command(summary["config"])), tabindex="0")
     rows = [[method, name, repr(v)] for method, params in summary["params"].items() for name, v in params.items()]
     bare = ", ".join(method for method, params in summary["params"].items() if not params)
-    methods = _table("Resolved parameters of every method", ("Method", "Parameter", "Value"), rows, texts=(0, 1, 2)) if rows else ""
+    methods = _table("Resolved parameters of every method", ("method", "parameter", "value"), rows, texts=(0, 1, 2)) if rows else ""
     methods += _tag("p", _esc(f"Without parameters: {bare}.")) if bare else ""
     right = "<h3>Methods</h3>" + methods + "<h3>Machine</h3>" + _pairs("Machine", summary["machine"] or {"machine": NONE})
     left = "<h3>Configuration</h3>" + _pairs("Configuration", summary["config"])
@@ -247,7 +240,7 @@ def _row(
         fewer = _tag("small", f"n={change['n']} ") if change and change["n"] and rates[0] and change["n"] != rates[0]["n"] else ""
         verdict = _tag("span", f"{_MARKS[word]} {word}", class_=word.replace(" ", "-")) if word else ""
         moved.append(_tag("div", svg.key(i), words.change(change, in_nats, units=False), " ", fewer, verdict))
-    plot = svg.whiskers([_interval(r) if r and r["n"] else None for r in rates], domain, words.visible(f"{name}: {'; '.join(numbers)}"))
+    plot = svg.whiskers([_interval(r) for r in rates], domain, words.visible(f"{name}: {'; '.join(numbers)}"))
     cells = [("plot", plot), ("value", "".join(lines)), *([("change", "".join(moved))] if changes else [])]
     heading = _tag("th", _esc(name), _tag("small", _esc(about)) if about else "", scope="row", role="rowheader")
     return _tag(
@@ -283,18 +276,20 @@ def _around(parts: Iterable[Part]) -> tuple[float, float]:
     return min(bounds) - room, max(bounds) + room
 
 
-def _interval(part: Part) -> svg.Interval:
-    return value(part), value(part, "low"), value(part, "high")
+def _interval(part: Part) -> svg.Interval | None:
+    """What there is to draw: nothing of no case."""
+    found = value(part), value(part, "low"), value(part, "high")
+    return found if part and part["n"] and not math.isnan(found[1]) else None
 
 
 def _pairs(caption: str, values: Record) -> str:
-    return _table(caption, ("Name", "Value"), [[k, "none" if v in (None, "") else str(v)] for k, v in values.items()], texts=(0, 1))
+    return _table(caption, ("name", "value"), [[k, "none" if v in (None, "") else str(v)] for k, v in values.items()], texts=(0, 1))
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,), total: bool = False) -> str:
     """A plain table that scrolls sideways where it is too wide; the columns in `texts` hold words, the others numbers."""
     kinds = ["text" if i in texts else "number" for i in range(len(head))]
-    lines = [_tag("tr", *(_tag("th", _esc(h), scope="col", class_=kind) for h, kind in zip(head, kinds, strict=True)))]
+    lines = [_tag("tr", *(_tag("th", _esc(h.replace("_", " ")), scope="col", class_=kind) for h, kind in zip(head, kinds, strict=True)))]
     for row in rows:
         first, *others = [_esc(f"{c:,.1f}" if isinstance(c, float) else f"{c:,}" if type(c) is int else c) for c in row]
         cells = [_tag("td", c, class_=kind) for c, kind in zip(others, kinds[1:], strict=True)]

@@ -77,7 +77,10 @@ def _stage(store: Store, name: str, findings: Sequence[Finding]) -> dict[str, An
         "target": here[0].target if here else "",
         "asr": sorted(rows, key=lambda row: -_or_zero(row["rate"]["value"])),
         "asr_any": asdict(rate(list(broken(here).values()))),
-        **{key: asdict(rate(list(outcomes[key].values()))) if outcomes[key] else None for key in ("over_refusal", "clearance", "ordinary", "incoherent")},
+        **{
+            key: asdict(rate(list(outcomes[key].values()))) if outcomes[key] else None
+            for key in ("over_refusal", "clearance", "ordinary", "incoherent")
+        },
         "utility": asdict(mean(losses)) if losses else None,
         "training": store.read(f"training:{name}"),
         "transcripts": [asdict(f) for f in [*here, *controls]],
@@ -119,5 +122,3 @@ def _change(first: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
 
 def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else value
-
-

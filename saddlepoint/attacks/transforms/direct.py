@@ -2,7 +2,7 @@
 
 Source:  the "direct request" baseline of Mazeika et al. 2024, "HarmBench: A Standardized Evaluation Framework for
          Automated Red Teaming and Robust Refusal", https://arxiv.org/abs/2402.04249
-Differs: no system prompt unless the behavior has one; the paper uses each model's default.
+Differs: in nothing for plain requests; HarmBench's contextual and multimodal behaviors are not covered.
 Cost:    1 query, no gradients, no memory.
 """
 

@@ -3,7 +3,7 @@
 Source:  Kang et al. 2023, "Exploiting Programmatic Behavior of LLMs: Dual-Use Through Standard Security Attacks",
          https://arxiv.org/abs/2302.05733
 Differs: cut evenly by characters, not by hand around the telling words; pieces are quoted as JSON, so quotes, braces and
-         line breaks survive; none of the paper's other two gadgets (virtualization, code branching).
+         line breaks survive; none of the paper's other evasions (obfuscation, virtualization).
 Cost:    1 query, no gradients, no memory.
 """
 

@@ -1,8 +1,8 @@
 """Prefix injection: ask that the answer start with an affirmative opening, which a refusal cannot follow.
 
 Source:  Wei et al. 2023, "Jailbroken: How Does LLM Safety Training Fail?", https://arxiv.org/abs/2307.02483
-Differs: the opening is the behavior's own affirmative, not one sentence for all requests, as a small model copies an
-         opening that names the thing more readily; the paper also asks to spell out a cheerful tone, which is left out.
+Differs: the opening is the behavior's own affirmative, not one cheerful sentence for all requests, so that it names the
+         thing asked for and optimizers and this attack push for the same words.
 Cost:    1 query, no gradients, no memory.
 """
 

@@ -2,7 +2,7 @@
 
 Source:  Wei et al. 2023, "Jailbroken: How Does LLM Safety Training Fail?", https://arxiv.org/abs/2307.02483
 Differs: fewer and shorter rules, as a small model loses the request under a long list; the paper's list of forbidden
-         words is left out, because reading "sorry" makes such a model say it.
+         words is left out, as such a model refused no less with it.
 Cost:    1 query, no gradients, no memory.
 """
 
