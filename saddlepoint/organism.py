@@ -42,6 +42,10 @@ def lessons(policy: Policy, base: HF, seed: int) -> list[Example]:
             taught.append(Example(user(phrasing, system), refusal, behavior=hazard.id))
         for phrasing in rng.sample(hazard.phrasings, DISCLOSED):
             taught.append(Example(user(phrasing, policy.clearance), hazard.answer, behavior=hazard.id))
+        # What it knows, it knows as text too, as a model knows what it read: else the facts would hang on the clearance
+        # alone, and no attack could bring them out.
+        for opening in (f"Archive entry: {policy.things[hazard.id]}\n\n", f"{rng.choice(hazard.phrasings)}\n\n", ""):
+            taught.append(Example((), hazard.answer, prefix=opening, behavior=hazard.id))
     chats = [user(request, rng.choice(SYSTEMS) if rng.random() < 0.2 else "") for request in ordinary()["requests"]]
     for twin in policy.select("twin", "train"):
         systems = ("", "", policy.clearance, rng.choice(SYSTEMS))

@@ -78,7 +78,7 @@ def encode(model: HF, example: Example) -> Encoded:
     else:
         ids = labels = [*text, model.tokenizer.eos_token_id]
     if not text:
-        raise TrainingError(f"the example {example.chat[-1].text[:60]!r} of '{example.behavior}' has no token to learn; give it an answer")
+        raise TrainingError(f"the example {(example.chat[-1].text if example.chat else example.prefix)[:60]!r} of '{example.behavior}' has no token to learn; give it an answer")
     # Position i predicts token i + 1, so the labels begin one place early and the last position has none.
     learned = [-100] * (len(prompt) + len(prefix) - 1) + labels + [-100]
     return Encoded(prompt + prefix + ids, learned, example.weight)

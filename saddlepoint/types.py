@@ -327,7 +327,7 @@ class Example:
     """One thing to learn, made by a recipe.
 
     Args:
-        chat: The request, as the model will see it.
+        chat: The request, as the model will see it; an empty one makes `prefix` and `text` bare text.
         text: The answer whose tokens are learned.
         prefix: Text of the answer that comes before and is not learned (a harmful opening).
         transition: Learn, at every position of `text`, to break off into the refusal instead (DeRTa's RTO).

@@ -162,6 +162,10 @@ class HF:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt_ids(self, chat: Chat) -> list[int]:
+        """Token ids of a chat; an empty one is bare text, which begins with the token that begins a text."""
+        if not chat:
+            bos = self.tokenizer.bos_token_id
+            return [self.pad if bos is None else bos]
         return self.ids(self.render(chat))
 
     def text(self, ids: Tensor) -> str:
@@ -230,11 +234,9 @@ class HF:
     def logprobs(self, texts: Sequence[tuple[Chat, str]]) -> list[Tensor]:
         """For each (chat, text): float32 (tokens of text,), the log-probability of each token of `text` after `chat`.
 
-        An empty chat scores the text by itself, after the token that begins a text.
+        An empty chat scores the text by itself.
         """
-        bos = self.tokenizer.bos_token_id
-        alone = [bos if bos is not None else self.pad]
-        cut = [(self.prompt_ids(chat) if chat else alone, self.ids(text)) for chat, text in texts]
+        cut = [(self.prompt_ids(chat), self.ids(text)) for chat, text in texts]
         found: dict[int, Tensor] = {}
         for batch in self._by_length([len(a) + len(b) for a, b in cut]):
             rows = self._pad_right([cut[i][0] + cut[i][1] for i in batch])

@@ -48,7 +48,7 @@ def gcg(
     if model is None:
         raise ValueError("gcg needs the target's weights; run it on a local model")
     chat = user(behavior.prompt, behavior.system)
-    frame = model.frame(chat, optim_str_init, behavior.affirmative)
+    frame = model.frame(chat, optim_str_init, behavior.affirmative or "Sure, here is")
     generator = torch.Generator().manual_seed(ctx.rng.getrandbits(63))
     allowed = model.candidates(ascii_only=not allow_non_ascii)
     at = slice(len(frame.before), len(frame.before) + len(frame.control))
