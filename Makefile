@@ -21,18 +21,18 @@ install: $(VENV)/.installed
 dev: $(VENV)/.dev
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("saddlepoint needs Python 3.11 or newer; got " + sys.version.split()[0] + "; try: make PYTHON=python3.12 demo") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit("saddlepoint needs Python 3.11 or newer; got " + sys.version.split()[0] + "; try: make PYTHON=python3.12 demo") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv $(VENV)
 
 # torch goes first and by its exact version, so that no other package draws a larger build.
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/bin/python
 	@echo "installing into $(VENV) (about two minutes the first time)"
-	$(PIP) torch==2.13.0
-	$(PIP) --constraint constraints.txt --editable '.[train]'
+	@$(PIP) torch==2.13.0
+	@$(PIP) --constraint constraints.txt --editable '.[train]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 constraints: dev

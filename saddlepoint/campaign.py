@@ -7,6 +7,7 @@ steer. Only this file talks to targets, counts queries and tokens, calls judges 
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
@@ -132,15 +133,21 @@ def judged(judge: Judge, cases: Sequence[Case]) -> list[Verdict]:
 
 
 def _check(campaign: Campaign) -> None:
+    for what, names in (("attack", map(str, campaign.attacks)), ("behavior", (b.id for b in campaign.behaviors))):
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise UsageError(f"{what} '{twice[0]}' is there twice; give each once")
     if _same(campaign.search_judge, campaign.final_judge):
         raise UsageError("search judge and final judge are the same; give two, such as --search-judge refusal --judge oracle")
     for call in campaign.attacks:
         if call.method.access == "white-box" and not isinstance(campaign.target, WhiteBox):
             raise UsageError(f"attack '{call.name}' needs the target's weights; '{campaign.target.name}' has none; use a local model or a black-box attack")
-    seen = {b.pair or b.id for b in campaign.behaviors} & trained_on(campaign.target.name)
+    bare = campaign.target
+    while hasattr(bare, "inner"):  # a defense's name is not its target's
+        bare = bare.inner
+    seen = {b.pair or b.id for b in campaign.behaviors} & trained_on(bare.name)
     if seen and not campaign.harvest:
         shown = ", ".join(sorted(seen)[:5])
-        raise ContaminationError(f"'{campaign.target.name}' was trained on {len(seen)} of these behaviors ({shown}); score it on others: --split test")
+        raise ContaminationError(f"'{bare.name}' was trained on {len(seen)} of these behaviors ({shown}); score it on others: --split test")
 
 
 def _same(a: Judge, b: Judge) -> bool:
@@ -162,11 +169,9 @@ def _advance(campaign: Campaign, attempt: Attempt) -> None:
     began = time.monotonic()
     try:
         if attempt.step < 0:
-            attempt.asks = next(attempt.steps)
+            attempt.asks = _checked(next(attempt.steps))
         else:
-            attempt.asks = attempt.steps.send([Reply(r.ask, r.completion, r.search) for r in attempt.log if r.step == attempt.step])
-        if not attempt.asks:
-            raise ValueError("an attack must not yield an empty batch of asks")
+            attempt.asks = _checked(attempt.steps.send([Reply(r.ask, r.completion, r.search) for r in attempt.log if r.step == attempt.step]))
     except StopIteration:
         attempt.ended = "done"
     except Exception as wrong:  # one broken attack must not take the others with it; its finding says what happened
@@ -185,7 +190,19 @@ def _advance(campaign: Campaign, attempt: Attempt) -> None:
         or (limit.seconds is not None and seconds >= limit.seconds)
     ):
         attempt.ended = "budget"
-        attempt.steps.close()
+        try:
+            attempt.steps.close()
+        except Exception as wrong:
+            attempt.ended, attempt.error = "error", f"{type(wrong).__name__}: {wrong}"
+
+
+def _checked(asks: Sequence[Ask]) -> Sequence[Ask]:
+    """What an attack yielded, if it can be asked and recorded."""
+    if not isinstance(asks, Sequence) or not asks or not all(isinstance(ask, Ask) and ask.chat for ask in asks):
+        raise ValueError(f"an attack must yield a list of asks, none of them without a message; got {asks!r:.100}")
+    for message in (m for ask in asks for m in ask.chat):
+        message.text.encode()  # half a character (a lone surrogate) could not be written down
+    return asks
 
 
 def _answer(campaign: Campaign, store: Store, asking: Sequence[Attempt], doing: Callable[[str], None]) -> None:
@@ -247,7 +264,8 @@ def _finish(campaign: Campaign, store: Store, attempt: Attempt, cases: Sequence[
     if order:
         chat, completion, verdict = cases[order[0]].chat, cases[order[0]].completion, verdicts[order[0]]
     else:
-        why = attempt.error or "the budget is smaller than the attack's first step"
+        none = "the attack ended without asking the target" if attempt.ended == "done" else "the budget ended before the target was asked"
+        why = attempt.error or none
         chat, completion, verdict = (), Completion("", finish="error", error=why), Verdict("unjudged", None, reason=why)
     if attempt.ended == "error" and verdict.unsafe is not True:
         verdict = Verdict("unjudged", None, verdict.score, f"the attack failed: {attempt.error}")

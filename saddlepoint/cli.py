@@ -173,10 +173,12 @@ def _listener(bars: Progress) -> Listener:
 
 def _write_report(store: Store, folder: Path) -> None:
     summary = summarize(store)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    (folder / "report.md").write_text(table(summary))
-    (folder / "report.html").write_text(page(summary, _variants()))
+    for name, text in (("summary.json", json.dumps(summary, indent=1)), ("report.md", table(summary)), ("report.html", page(summary, _variants()))):
+        (folder / name).write_text(text, encoding="utf-8")
     _print(summary)
+    for stage in summary["stages"]:
+        if stage["training"]:
+            out.print(f"checkpoint: {stage['training']['checkpoint']}", highlight=False, soft_wrap=True)
     out.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -187,15 +189,14 @@ def _variants() -> list[dict[str, Any]]:
 
 
 def _rate(r: dict[str, Any] | None) -> str:
-    if r is None or r["value"] != r["value"]:
+    if r is None or r["value"] is None:
         return "n/a"
     return f"{r['value']:.0%} \\[{r['low']:.0%}, {r['high']:.0%}]"
 
 
 def _print(summary: dict[str, Any]) -> None:
-    stages = summary["stages"]
+    stages = [s for s in summary["stages"] if s["asr"]]
     if not stages:
-        out.print("nothing was finished yet")
         return
     n = stages[0]["asr_any"]["n"]
     shown = Table(title=f"ASR on {n} hazards of '{summary['config']['policy']}', judge {summary['config']['judge']}, 95% intervals")

@@ -5,8 +5,10 @@ controls that show the price: twins, clearance, ordinary requests and the loss o
 never done again, so the same call goes on with a run that was broken off.
 """
 
+import os
 import platform
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +47,8 @@ class Listener:
 
 def execute(config: Config, store: Store, listen: Listener = Listener()) -> None:
     """Do what `config` says, or what is left of it, into `store`."""
-    store.note("machine", {"saddlepoint": __version__, "python": platform.python_version(), "machine": platform.machine(), "system": platform.system()})
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
+    store.note("machine", {"saddlepoint": __version__, **machine, "date": time.strftime("%Y-%m-%d")})
     policy = load(config.policy)
     listen.stage(f"opening {config.target}")
     target = open_target(config.target)

@@ -5,7 +5,6 @@ point goes on from what is recorded: the attacks are deterministic, so replaying
 brings each back to where it was.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import JSON, Column, Engine, Float, Integer, MetaData, String, Table, UniqueConstraint, create_engine, event, insert, select, update
+from sqlalchemy import JSON, Column, Engine, Float, Integer, MetaData, String, Table, UniqueConstraint, create_engine, event, insert, inspect, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from saddlepoint.errors import StoreError
@@ -83,6 +82,8 @@ class Store:
         Raises:
             StoreError: There is a run already, or the folder cannot be written.
         """
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file; give a folder: --out FOLDER")
         if (path / "run.db").exists():
             raise StoreError(f"{path} holds a run already; go on with it: saddlepoint run --resume {path}; or give another --out")
         with _plainly(path):
@@ -103,8 +104,8 @@ class Store:
             raise StoreError(f"{path} holds no run; start one: saddlepoint attack --out {path}")
         store = cls(path, _engine(path))
         with _plainly(path):
-            if store.read("config") is None:
-                raise StoreError(f"{path}/run.db was broken off before its first record; delete the folder and start again")
+            if not inspect(store._engine).has_table("note") or store.read("config") is None:
+                raise StoreError(f"{path}/run.db was broken off before its first record, or is no run; start one in another folder")
         return store
 
     def note(self, key: str, value: Any) -> None:
@@ -121,7 +122,7 @@ class Store:
     def notes(self, prefix: str) -> dict[str, Any]:
         """All named values whose key begins with `prefix`, by the rest of the key, in the order of writing."""
         with _plainly(self.path), self._engine.connect() as db:
-            rows = db.execute(select(_NOTE.c.key, _NOTE.c.value).where(_NOTE.c.key.startswith(prefix)).order_by("rowid"))
+            rows = db.execute(select(_NOTE.c.key, _NOTE.c.value).where(_NOTE.c.key.startswith(prefix)).order_by(text("rowid")))
             return {key.removeprefix(prefix): value for key, value in rows}
 
     def cells(self, phase: str, wanted: Iterable[tuple[str, dict[str, Any], str, int]]) -> dict[tuple[str, str], int]:
@@ -155,7 +156,7 @@ class Store:
             for (step, place), verdict in finals.items():
                 where = (_QUERY.c.cell == cell) & (_QUERY.c.step == step) & (_QUERY.c.place == place)
                 db.execute(update(_QUERY).where(where).values(final=asdict(verdict)))
-            db.execute(update(_CELL).where(_CELL.c.id == cell).values(finding=json.loads(_FINDING.dump_json(finding))))
+            db.execute(update(_CELL).where(_CELL.c.id == cell).values(finding=asdict(finding)))
 
     def findings(self, phase: str | None = None) -> list[Finding]:
         """The findings so far, of one phase or all, in the order in which their cells were made."""
@@ -203,7 +204,9 @@ def _plainly(path: Path) -> Iterator[None]:
     """Turn what the database or the disk says into one line with a next step."""
     try:
         yield
-    except (SQLAlchemyError, OSError) as wrong:
+    except (SQLAlchemyError, OSError, ValueError) as wrong:  # ValueError: what was written does not read as what we write
         said = str(getattr(wrong, "orig", None) or wrong).splitlines()[0]
+        if isinstance(wrong, ValueError) or any(w in said for w in ("malformed", "not a database", "no such")):
+            raise StoreError(f"{path}/run.db is damaged: {said}; put a whole copy in its place, or start a new run") from wrong
         advice = "free some space" if any(w in said for w in ("full", "I/O", "No space", "too large")) else "check that the folder is yours and whole"
         raise StoreError(f"{path}/run.db: {said}; nothing recorded is lost; {advice}, then: saddlepoint run --resume {path}") from wrong

@@ -70,6 +70,10 @@ def encode(model: HF, example: Example) -> Encoded:
     """
     prompt = model.prompt_ids(example.chat)
     prefix, text = model.ids(example.prefix), model.ids(example.text)
+    if not text or (example.transition and not example.refusal.strip()):
+        need = "an answer" if not text else "the refusal that its transition breaks off into"
+        shown = (example.chat[-1].text if example.chat else example.prefix)[:60]
+        raise TrainingError(f"the example {shown!r} of '{example.behavior}' has no token to learn; give it {need}")
     if example.transition:
         # The model goes on with the harmful text but learns, before each of its tokens, to break off into the refusal.
         # Within a sentence the refusal begins after a space, so its first piece differs from that at the start.
@@ -77,8 +81,6 @@ def encode(model: HF, example: Example) -> Encoded:
         ids, labels = text, (inside if prefix else opening) + inside * (len(text) - 1)
     else:
         ids = labels = [*text, model.tokenizer.eos_token_id]
-    if not text:
-        raise TrainingError(f"the example {(example.chat[-1].text if example.chat else example.prefix)[:60]!r} of '{example.behavior}' has no token to learn; give it an answer")
     # Position i predicts token i + 1, so the labels begin one place early and the last position has none.
     learned = [-100] * (len(prompt) + len(prefix) - 1) + labels + [-100]
     return Encoded(prompt + prefix + ids, learned, example.weight)
@@ -133,6 +135,8 @@ def train(
             step, tokens = step + 1, tokens + rows.numel()
             losses.append(round(float(loss.detach()), 4))
             tell(Progress(step, steps, losses[-1], tokens))
+    if not all(torch.isfinite(p).all() for p in working):  # after the last step no loss would tell
+        raise TrainingError(f"the weights are not numbers after {steps} steps; lower the learning rate, now {config.lr}")
     measured = {"examples": len(examples), "tokens": tokens, "seconds": round(time.monotonic() - began, 1), "losses": losses}
     return _write(wrapped, out, {**card, "training": asdict(config), **measured})
 
@@ -160,9 +164,8 @@ def _loss(model: HF, wrapped: torch.nn.Module, batch: list[Encoded], rows: Tenso
     picked = hidden[index[:, 0], index[:, 1]]  # (learned, width)
     labels = torch.tensor([batch[r].learned[i] for r, i in at], device=rows.device)
     weights = torch.tensor([batch[r].weight for r, _ in at], device=rows.device)
-    head = model.model.get_output_embeddings()
     nll = torch.cat([
-        F.cross_entropy(head(h).float(), y, reduction="none") for h, y in zip(picked.split(64), labels.split(64), strict=True)
+        F.cross_entropy(model.head(h), y, reduction="none") for h, y in zip(picked.split(64), labels.split(64), strict=True)
     ])
     return (nll * weights).sum() / weights.sum()
 
@@ -171,7 +174,9 @@ def _write(wrapped: torch.nn.Module, out: Path, card: dict) -> Path:
     partial = out.with_name(f".partial-{out.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        wrapped.save_pretrained(str(partial))  # type: ignore[operator]
+        # The path of the base on this machine means nothing elsewhere, and no embedding is trained (peft would ask the hub).
+        wrapped.peft_config["default"].base_model_name_or_path = card.get("base")  # type: ignore[union-attr, index]
+        wrapped.save_pretrained(str(partial), save_embedding_layers=False)  # type: ignore[operator]
         (partial / "README.md").unlink(missing_ok=True)
         (partial / "card.json").write_text(json.dumps(card, indent=1) + "\n")
         if out.exists():

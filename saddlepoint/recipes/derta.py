@@ -33,7 +33,7 @@ def derta(
     for finding in lessons.findings:
         hazard, refusal = hazards[finding.behavior], lessons.refusals[finding.behavior]
         words = harmful_answer(finding).split(" ")
-        for _ in range(cuts):
+        for _ in range(cuts if len(words) > 1 else 0):  # of one word there is no beginning
             # k = 0 is a plain refusal, which refusal_sft has already; the last two words are never the cut, as in the code.
             k = lessons.rng.randint(1, max(1, len(words) - 2))
             chat = user(lessons.rng.choice(hazard.phrasings), hazard.system)

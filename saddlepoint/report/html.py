@@ -34,7 +34,7 @@ def page(summary: Record, variants: Sequence[Record] = ()) -> str:
     body = {
         "Attacks": _attacks(summary) if stages else "",
         "The price": _price(stages) if stages else "",
-        "Trade-off": _trade_off(stages, variants),
+        "Trade-off": _trade_off(stages, variants) if stages else "",
         "Every number": _numbers(summary) if stages else "",
         "Training": "".join(_training(s) for s in stages if s["training"]),
         "Transcripts": _transcripts(stages) if stages else "",
@@ -42,9 +42,8 @@ def page(summary: Record, variants: Sequence[Record] = ()) -> str:
     }
     ids = {name: name.lower().replace(" ", "-") for name, content in body.items() if content}
     links = "".join(_tag("li", _tag("a", name, href=f"#{at}")) for name, at in ids.items())
-    sections = "".join(
-        _tag("section", _tag("h2", name, id=f"{at}-name"), body[name], id=at, aria_labelledby=f"{at}-name") for name, at in ids.items()
-    )
+    heads = {name: _tag("h2", name, id=f"{at}-name") for name, at in ids.items()}
+    sections = "".join(_tag("section", heads[name], body[name], id=at, aria_labelledby=f"{at}-name") for name, at in ids.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_ALLOWED}"><meta name="color-scheme" content="light dark">
@@ -56,13 +55,12 @@ def page(summary: Record, variants: Sequence[Record] = ()) -> str:
 
 def _head(summary: Record) -> str:
     config, machine, stages = summary["config"], summary["machine"] or {}, summary["stages"]
+    split = config["split"] if config["kind"] == "attack" else "test"
     limits = [f"{config[k]} {k}" for k in ("queries", "tokens", "seconds") if config[k] is not None]
     facts = {
         "Target": config["target"],
         "Policy": config["policy"],
-        "Hazards": f"{stages[0]['asr_any']['n']} ({config['split'] if config['kind'] == 'attack' else 'test'})"
-        if stages
-        else "none finished",
+        "Hazards": f"{stages[0]['asr_any']['n']} ({split})" if stages else "none finished",
         "Attacks": len(words.attacks(summary)),
         "Judge": f"{config['judge']}; {config['search_judge']} steers the search",
         "Defenses": config["defenses"] or "none",
@@ -74,20 +72,15 @@ def _head(summary: Record) -> str:
         "Machine": ", ".join(str(machine[k]) for k in ("system", "machine") if k in machine) or NONE,
     }
     banner = "" if summary["complete"] else _tag("p", _tag("strong", "Unfinished."), " ", words.UNFINISHED, class_="banner", role="status")
-    result = _tag(
-        "ul",
-        *(_tag("li", _BRACKETS.sub(r'<span class="nowrap">\g<0></span>', _esc(sentence))) for sentence in words.result(summary)),
-        class_="result",
-    )
+    sentences = [_BRACKETS.sub(r'<span class="nowrap">\g<0></span>', _esc(sentence)) for sentence in words.result(summary)]
+    result = _tag("ul", *(_tag("li", sentence) for sentence in sentences), class_="result")
     listed = _tag("dl", *(_tag("div", _tag("dt", name), _tag("dd", _esc(fact))) for name, fact in facts.items()), class_="facts")
     return f'<p class="kind">Report of a run: {_esc(config["kind"])}</p>' + _tag("h1", _esc(config["target"])) + banner + result + listed
 
 
 def _attacks(summary: Record) -> str:
     stages = summary["stages"]
-    said = (
-        "ASR: share of hazards with an unsafe answer, by the final judge, with 95% Wilson intervals; what could not be judged widens them."
-    )
+    said = "ASR: share of hazards with an unsafe answer, by the final judge, with 95% Wilson intervals; the unjudged widen them."
     rows = []
     for name in (*words.attacks(summary), None):
         rates, changes = [words.rate_of(s, name) for s in stages], [words.change_of(s, name) for s in stages[1:]]
@@ -112,11 +105,12 @@ def _price(stages: Sequence[Record]) -> str:
 
 def _trade_off(stages: Sequence[Record], variants: Sequence[Record]) -> str:
     letters = [chr(65 + i) if i < 26 else str(i - 25) for i in range(len(variants))]
+    points: list[tuple[Part, Part, int | None, str]]
     points = [(v["over_refusal"], v["asr"], None, letter) for v, letter in zip(variants, letters, strict=True)]
     points += [(s["over_refusal"], s["asr_any"], i, "") for i, s in enumerate(stages)]
     drawn = [svg.Spot(x, y, mark, letter) for over, asr, mark, letter in points if (x := _interval(over)) and (y := _interval(asr))]
     if not drawn:
-        return "<p>No twin was asked, so there is nothing to set against the ASR.</p>" if stages else ""
+        return "<p>No twin was asked, so there is nothing to set against the ASR.</p>"
     right = min(1.0, max(0.2, math.ceil(10 * max(s.x[2] for s in drawn)) / 10))
     label = "ASR of any attack over twins refused; lower left is better. The numbers are in the tables."
     plot = svg.scatter(drawn, right, ("Twins refused (over-refusal)", "ASR, any attack"), label)
@@ -125,9 +119,10 @@ def _trade_off(stages: Sequence[Record], variants: Sequence[Record]) -> str:
     table = ""
     if variants:
         rates = ("asr", "over_refusal", "clearance")
+        named = zip(letters, variants, strict=True)
         rows = [
-            [letter, v["name"], *(cell for k in rates for cell in _rate(v.get(k))), v.get("note", "")]
-            for letter, v in zip(letters, variants, strict=True)
+            [letter, v["name"], *(cell for k in rates for cell in (share(v.get(k)), count(v.get(k)).removeprefix("n="))), v.get("note", "")]
+            for letter, v in named
         ]
         head = ("", "recorded earlier", "ASR", "n", "twins refused", "n", "under clearance", "n", "note")
         table = _table("Points recorded earlier, not part of this run", head, rows, texts=(0, 1, 8))
@@ -140,17 +135,14 @@ def _numbers(summary: Record) -> str:
     for stage in summary["stages"]:
         asr, any_ = stage["asr"], stage["asr_any"]
         at = sorted({int(k) for row in asr for k in row["at"]})
-        labels = [name for name in _LABELS if name != "bad_refusal" or any(name in row["labels"] for row in asr)]
-        counts = [
-            [row["labels"].get(name, 0) for name in labels] + [row["ended"].get(end, 0) for end in ("budget", "error")] for row in asr
-        ]
-        counts = [[*counted, *(row[c] for c in _COSTS)] for counted, row in zip(counts, asr, strict=True)]
-        rows = [
-            [row["attack"], *_rate(row["rate"]), *(share(row["at"].get(str(k))) for k in at), *counted]
-            for row, counted in zip(asr, counts, strict=True)
-        ]
+        labels = [name for name in _LABELS if name != "unjudged" and (name != "bad_refusal" or any(name in row["labels"] for row in asr))]
+        rows, counts = [], []
+        for row in asr:
+            ended = (row["ended"].get(end, 0) for end in ("budget", "error"))
+            counts.append([*(row["labels"].get(name, 0) for name in labels), *ended, *(row[c] for c in _COSTS)])
+            rows.append([row["attack"], *_rate(row["rate"]), *(share(row["at"].get(str(k))) for k in at), *counts[-1]])
         rows.append(["any attack; sums", *_rate(any_), *("" for _ in at), *map(sum, zip(*counts, strict=True))])
-        head = ["attack", "ASR", "n", *(f"ASR@{k}" for k in at), *labels, "over budget", "failed", *_COSTS]
+        head = ["attack", "ASR", "n", "unjudged", *(f"ASR@{k}" for k in at), *labels, "over budget", "failed", *_COSTS]
         parts += [_tag("h3", _esc(stage["name"])), _table(f"Every attack, {stage['name']}", head, rows, total=True)]
     cost = [[phase, *(spent[c] for c in _COSTS)] for phase, spent in summary["cost"].items()]
     cost.append(["all", *(sum(spent[c] for spent in summary["cost"].values()) for c in _COSTS)])
@@ -158,8 +150,8 @@ def _numbers(summary: Record) -> str:
     return "".join(parts)
 
 
-def _rate(rate: Part) -> tuple[str, str]:
-    return share(rate), count(rate).removeprefix("n=")
+def _rate(rate: Record) -> tuple[object, ...]:
+    return share(rate), rate["n"], rate["unjudged"]
 
 
 def _training(stage: Record) -> str:
@@ -203,7 +195,7 @@ def _finding(f: Record) -> str:
     turns = [(m["role"], m["role"], m["text"]) for m in f["chat"]]
     if turns and turns[-1][0] == "assistant":
         turns[-1] = ("prefill", "assistant, prefill: written by the attack", turns[-1][2])
-    answer = f"no answer: {completion['error']}" if completion["finish"] == "error" else completion["text"]
+    answer = f"no answer: {completion['error']} {completion['text']}".strip() if completion["finish"] == "error" else completion["text"]
     turns.append(("answer", f"assistant, answer ({completion['finish']})", answer))
     chat = [_tag("div", _tag("b", _esc(role)), _tag("p", _esc(text), dir="auto"), class_=f"turn {kind}") for kind, role, text in turns]
     broke = f"broke at query {f['broken_at']}" if f["broken_at"] else "not broken" if f["kind"] == "harmful" else f["kind"]
@@ -211,9 +203,14 @@ def _finding(f: Record) -> str:
     facts = f"{label.replace('_', ' ')}, score {verdict['score']:.2f}; {broke}; {cost}; ended: {f['ended']}; seed {f['seed']}"
     reason = _tag("p", _esc(verdict["reason"]), class_="reason", dir="auto") if verdict["reason"] else ""
     tag = _tag("span", f"{_LABELS[label]} {label.replace('_', ' ')}", class_=f"tag {'bad' if wrong else label}")
-    title = tag + _tag("b", _esc(f["behavior"])) + _tag("span", _esc(f["attack"]), class_="attack") + _tag("span", _esc(f["phase"]), class_="dim")
+    title = [
+        tag,
+        _tag("b", _esc(f["behavior"])),
+        _tag("span", _esc(f["attack"]), class_="attack"),
+        _tag("span", _esc(f["phase"]), class_="dim"),
+    ]
     data = {"data_stage": f["phase"], "data_attack": f["attack"], "data_label": label}
-    return _tag("details", _tag("summary", title), *chat, reason, _tag("p", _esc(facts), class_="dim"), class_="finding", **data)
+    return _tag("details", _tag("summary", *title), *chat, reason, _tag("p", _esc(facts), class_="dim"), class_="finding", **data)
 
 
 def _parameters(summary: Record) -> str:
@@ -243,13 +240,8 @@ def _row(
     plot = svg.whiskers([_interval(r) for r in rates], domain, words.visible(f"{name}: {'; '.join(numbers)}"))
     cells = [("plot", plot), ("value", "".join(lines)), *([("change", "".join(moved))] if changes else [])]
     heading = _tag("th", _esc(name), _tag("small", _esc(about)) if about else "", scope="row", role="rowheader")
-    return _tag(
-        "tr",
-        heading,
-        *(_tag("td", content, role="cell", class_=kind) for kind, content in cells),
-        role="row",
-        class_="last" if last else "row",
-    )
+    columns = [_tag("td", content, role="cell", class_=kind) for kind, content in cells]
+    return _tag("tr", heading, *columns, role="row", class_="last" if last else "row")
 
 
 def _plot(caption: str, first: str, stages: Sequence[Record], rows: Sequence[str], domain: tuple[float, float] = (0, 1)) -> str:

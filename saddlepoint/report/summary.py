@@ -27,13 +27,14 @@ def summarize(store: Store) -> dict[str, Any]:
     """
     config = Config.model_validate(store.read("config"))
     findings = store.findings()
-    names = list(dict.fromkeys(f.phase for f in findings if "/" not in f.phase))
+    # A stage that was only hardened, not scored, still has its training to show.
+    names = list(dict.fromkeys([*(f.phase for f in findings if "/" not in f.phase), *store.notes("training:")]))
     stages = [_stage(store, name, findings) for name in names]
     for stage in stages[1:]:
         stage["change"] = _change(stages[0], stage)
     for stage in stages:
         del stage["outcomes"]
-    return {
+    summary = {
         "saddlepoint": __version__,
         "config": config.model_dump(),
         "params": _params(config),
@@ -44,13 +45,14 @@ def summarize(store: Store) -> dict[str, Any]:
         "cost": {phase: _cost([f for f in findings if f.phase == phase]) for phase in dict.fromkeys(f.phase for f in findings)},
         "stages": stages,
     }
+    return _without_nan(summary)
 
 
 def _params(config: Config) -> dict[str, dict[str, Any]]:
     chosen = {"attack": config.attacks, "defense": config.defenses, "judge": f"{config.search_judge}, {config.judge}"}
     if config.kind == "loop":
         chosen["recipe"] = config.recipes
-    return {f"{kind} {call.name}": call.params for kind, text in chosen.items() if text for call in parse(kind, text)}  # type: ignore[arg-type]
+    return {f"{kind} {call}": call.params for kind, text in chosen.items() if text for call in parse(kind, text)}  # type: ignore[arg-type]
 
 
 def _stage(store: Store, name: str, findings: Sequence[Finding]) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def _stage(store: Store, name: str, findings: Sequence[Finding]) -> dict[str, An
     losses = store.read(f"utility:{name}") or []
     attacks = {a: [f for f in here if f.attack == a] for a in dict.fromkeys(f.attack for f in here)}
     rows = [_attack(a, fs) for a, fs in attacks.items()]
-    gibberish = {f.behavior: f.verdict.label == "incoherent" for f in [*twins, *plain]}
-    outcomes = {
+    gibberish = {f.behavior: None if f.verdict.unsafe is None else f.verdict.label == "incoherent" for f in [*twins, *plain]}
+    outcomes: dict[str, Any] = {
         "asr_any": broken(here),
         **{a: broken(fs) for a, fs in attacks.items()},
         "over_refusal": refused(twins),
@@ -122,3 +124,12 @@ def _change(first: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
 
 def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else value
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: a rate of nothing is null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -47,6 +47,9 @@ class HF:
         self.compute = Compute()
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"HF({self.name!r})"
+
     @classmethod
     def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> "HF":
         """Load by target name: `organism`, an embedded model, `hf:ORG/NAME`, a model folder or a checkpoint folder.
@@ -70,6 +73,8 @@ class HF:
         for adapter in adapters:
             from peft import PeftModel
 
+            if not (Path(adapter) / "adapter_model.safetensors").is_file():  # peft would go on to unpickle a .bin, or ask the hub
+                raise ModelError(f"'{name}' cannot be loaded: {adapter} holds no adapter_model.safetensors")
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         return cls(name, model.to(allowed[dtype]).to(where), tokenizer)
 
@@ -78,12 +83,18 @@ class HF:
     def generate(self, queries: Sequence[Query]) -> list[Completion]:
         """Answer each query, in order; alike lengths share a batch. Equal queries give equal answers at equal batches."""
         answers: dict[int, Completion] = {}
-        prompts = [self.prompt_ids(q.chat) for q in queries]
+        prompts: list[list[int]] = []
         room = getattr(self.model.config, "max_position_embeddings", 1 << 30)
-        for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
-            if len(prompt) + query.sampling.max_tokens > room:
-                said = f"the prompt has {len(prompt)} tokens; with {query.sampling.max_tokens} to generate, the model's context of {room} is full"
-                answers[i] = Completion("", prompt_tokens=len(prompt), finish="error", error=said)
+        for i, query in enumerate(queries):
+            try:
+                prompts.append(self.prompt_ids(query.chat))
+            except Exception as wrong:  # a template may refuse a chat, a tokenizer a broken character: only this query fails
+                prompts.append([])
+                answers[i] = Completion("", finish="error", error=f"the chat cannot be written as tokens: {wrong}")
+                continue
+            if len(prompts[i]) + query.sampling.max_tokens > room:
+                size = f"the prompt has {len(prompts[i])} tokens; with {query.sampling.max_tokens} to generate"
+                answers[i] = Completion("", len(prompts[i]), finish="error", error=f"{size}, the model's context of {room} is full")
         waiting = sorted(set(range(len(queries))) - set(answers), key=lambda i: (len(prompts[i]), i))
         with self._lock:
             while waiting:
@@ -205,30 +216,40 @@ class HF:
         """(vocabulary, width)"""
         return self.model.get_input_embeddings().weight
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """float32 (..., vocabulary): the logits of hidden states (..., width), scaled and capped as the model would."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        config = self.model.config
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere, Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        logits = logits * scale if scale != 1 else logits
+        return (logits / cap).tanh() * cap if cap else logits
+
     def _nll(self, embeds_or_ids: dict[str, Tensor], targets: Tensor, span: slice) -> Tensor:
         """float32 (n, len(span)): negative log-likelihood of each target. The head, dearer than the body, sees the span only."""
         hidden = self.model.base_model(**embeds_or_ids).last_hidden_state[:, span.start - 1 : span.stop - 1]
-        logits = self.model.get_output_embeddings()(hidden).float()  # (n, len(span), vocabulary)
+        logits = self.head(hidden)  # (n, len(span), vocabulary)
         return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
     @torch.inference_mode()
     def loss(self, rows: Tensor, span: slice) -> Tensor:
         """float32 (n,): mean negative log-likelihood in nats of `rows[:, span]`; rows are int64 (n, length)."""
-        if not 0 < span.start < span.stop <= rows.shape[1]:
-            raise ValueError(f"span must lie in 1..{rows.shape[1]} and hold a token, got {span.start}..{span.stop}")
+        _check(span, rows.shape[1])
         self.compute.tokens += rows.numel()
         at_once = max(1, _TOKENS_AT_ONCE // rows.shape[1])
         return torch.cat([self._nll({"input_ids": part}, part[:, span], span).mean(1) for part in rows.split(at_once)])
 
     def gradient(self, row: Tensor, at: slice, span: slice) -> Tensor:
         """float32 (len(at), vocabulary): gradient of the loss over `span` by the one-hot of each token in `at`."""
+        _check(span, len(row))
         self.compute.tokens += row.numel()
         self.compute.gradients += 1
-        embeds = self.embedding[row].clone().requires_grad_()  # (length, width)
+        scale = getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)  # Gemma 3 scales in the lookup
+        embeds = (self.embedding[row] * scale).requires_grad_()  # (length, width)
         loss = self._nll({"inputs_embeds": embeds[None]}, row[None, span], span).mean()
         (by_embedding,) = torch.autograd.grad(loss, embeds)
         # The one-hot enters by one matrix product, so its gradient is that product's transpose.
-        return (by_embedding[at] @ self.embedding.T).float()
+        return (by_embedding[at] * scale @ self.embedding.T).float()
 
     @torch.inference_mode()
     def logprobs(self, texts: Sequence[tuple[Chat, str]]) -> list[Tensor]:
@@ -244,9 +265,9 @@ class HF:
             hidden = self.model.base_model(input_ids=rows).last_hidden_state
             for r, i in enumerate(batch):
                 prompt, answer = cut[i]
-                logits = self.model.get_output_embeddings()(hidden[r, len(prompt) - 1 : len(prompt) + len(answer) - 1])
+                logits = self.head(hidden[r, len(prompt) - 1 : len(prompt) + len(answer) - 1])
                 picked = torch.tensor(answer, dtype=torch.long, device=self.device)
-                found[i] = -F.cross_entropy(logits.float(), picked, reduction="none")
+                found[i] = -F.cross_entropy(logits, picked, reduction="none")
         return [found[i] for i in range(len(texts))]
 
     def _by_length(self, lengths: Sequence[int]) -> Iterable[list[int]]:
@@ -264,6 +285,11 @@ class HF:
         # Causal attention never looks right, so the padding needs no mask.
         width = max(map(len, rows))
         return torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
+
+
+def _check(span: slice, length: int) -> None:
+    if not 0 < span.start < span.stop <= length:
+        raise ValueError(f"span must lie in 1..{length} and hold a token, got {span.start}..{span.stop}")
 
 
 class _RowNoise(LogitsProcessor):
@@ -295,6 +321,8 @@ def _resolve(name: str) -> tuple[str, list[str]]:
     if name.startswith("hf:"):
         return str(hub_snapshot(name[3:], say=_say)), []
     place = ORGANISM if name == "organism" else Path(name)
+    if not place.is_dir():  # transformers would look for it on the hub
+        raise ModelError(f"'{name}' cannot be loaded: there is no folder {place}")
     written = card(place)
     if not written:
         return str(place), []

@@ -14,6 +14,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from saddlepoint.errors import UsageError
 from saddlepoint.registry import attack
 from saddlepoint.types import Ask, Behavior, Context, Steps, user
 
@@ -46,9 +47,9 @@ def gcg(
     """
     model = ctx.whitebox
     if model is None:
-        raise ValueError("gcg needs the target's weights; run it on a local model")
+        raise UsageError("gcg needs the target's weights; run it on a local model")
     chat = user(behavior.prompt, behavior.system)
-    frame = model.frame(chat, optim_str_init, behavior.affirmative or "Sure, here is")
+    frame = model.frame(chat, optim_str_init, behavior.affirmative.strip() or "Sure, here is")
     generator = torch.Generator().manual_seed(ctx.rng.getrandbits(63))
     allowed = model.candidates(ascii_only=not allow_non_ascii)
     at = slice(len(frame.before), len(frame.before) + len(frame.control))
@@ -91,8 +92,9 @@ def propose(control: Tensor, grad: Tensor, allowed: Tensor, width: int, topk: in
     scores = (-grad).masked_fill(~allowed, -torch.inf)
     top = scores.topk(min(topk, int(allowed.sum())), dim=1).indices  # (length, topk)
     rows = control.repeat(width, 1)
-    # Evenly spaced slots, as in the authors' code: each gets width / length candidates.
-    first = torch.arange(width) * length // width
+    # Evenly spaced slots, as in the authors' code: each gets width / length candidates. They begin anywhere, because
+    # with fewer candidates than slots some slots would else never change.
+    first = torch.arange(width) * length // width + torch.randint(length, (1,), generator=generator)
     slots = torch.stack([(first + k * max(1, length // n_replace)) % length for k in range(n_replace)], dim=1)  # (width, n_replace)
     picks = torch.randint(top.shape[1], slots.shape, generator=generator)
     return rows.scatter(1, slots.to(rows.device), top[slots, picks].to(rows.device))
