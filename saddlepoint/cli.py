@@ -228,19 +228,36 @@ def report(folder: Annotated[Path, typer.Argument(help="The run's folder.")], as
 
 
 @app.command("list")
-def list_(what: Annotated[str, typer.Argument(help="attacks, judges, defenses, recipes; all if not given.")] = "", as_json: Json = False) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="attacks, judges, defenses, recipes; all if not given.")] = "",
+    as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/METHODS.md.")] = False,
+) -> None:
     """List the attacks, judges, defenses and recipes with their parameters."""
     kinds = {f"{kind}s": kind for kind in registry.KINDS}
     if what and what not in kinds:
         raise unknown("kind", what, kinds, "list: saddlepoint list")
-    rows = [row for kind in kinds.values() if what in ("", f"{kind}s") for row in map(lambda n, k=kind: _described(k, n), registry.names(kind))]
+    rows = [_described(kind, name) for plural, kind in kinds.items() if what in ("", plural) for name in registry.names(kind)]
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
-    shown = Table("kind", "name", "access", "what it does", "parameters")
-    for row in rows:
-        shown.add_row(row["kind"], row["name"], row["access"], row["summary"], "\n".join(f"{k}={v!r}" for k, v in row["parameters"].items()))
-    out.print(shown)
+    elif as_markdown:
+        print(_methods_page(rows))
+    else:
+        shown = Table("kind", "name", "access", "what it does", "parameters")
+        for row in rows:
+            shown.add_row(row["kind"], row["name"], row["access"], row["summary"], "\n".join(f"{k}={v!r}" for k, v in row["parameters"].items()))
+        out.print(shown)
+
+
+def _methods_page(rows: list[dict[str, Any]]) -> str:
+    lines = ["# Methods", "", "Generated from the registry: `saddlepoint list --markdown > docs/METHODS.md`.", ""]
+    for kind in registry.KINDS:
+        lines += [f"## {kind.capitalize()}s", "", "| name | access | what it does | parameters | paper |", "| --- | --- | --- | --- | --- |"]
+        for row in (r for r in rows if r["kind"] == kind):
+            parameters = ", ".join(f"`{k}={v!r}`" for k, v in row["parameters"].items()).replace("|", "\\|")
+            lines.append(f"| `{row['name']}` | {row['access']} | {row['summary']} | {parameters} | [paper]({row['paper']}) |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def _described(kind: registry.MethodKind, name: str) -> dict[str, Any]:
@@ -309,7 +326,7 @@ def judge_audit(
     as_json: Json = False,
 ) -> None:
     """Compare a judge with the oracle: confusion matrix, precision, recall, specificity and kappa, with intervals."""
-    from saddlepoint.judges.audit import audit
+    from saddlepoint.audit import audit
 
     (call,) = registry.parse("judge", judge)
     found = audit(call, run, most, lambda line: err.print(line, highlight=False))

@@ -46,10 +46,14 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        parse("attack", self.attacks)
+        attacks = list(map(str, parse("attack", self.attacks)))
+        if twice := [name for name in attacks if attacks.count(name) > 1]:
+            raise UsageError(f"attack '{twice[0]}' is there twice; give each once")
         for judge in (self.search_judge, self.judge):
             if len(parse("judge", judge)) != 1:
                 raise UsageError(f"one judge is needed, got {judge!r}")
+        if str(parse("judge", self.search_judge)[0]) == str(parse("judge", self.judge)[0]):
+            raise UsageError(f"search judge and final judge are both {self.judge}; give two, such as --search-judge refusal --judge oracle")
         if self.defenses:
             parse("defense", self.defenses)
         if self.kind != "attack":

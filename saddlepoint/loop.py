@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saddlepoint import __version__
 from saddlepoint.campaign import Campaign, Tick, run
@@ -128,7 +128,7 @@ def harvest(config: Config, store: Store, policy: Policy, target: Target, stage:
     return found
 
 
-def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding], out: Path, config: Config, listen: Listener = Listener()) -> dict:
+def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding], out: Path, config: Config, listen: Listener = Listener()) -> dict[str, Any]:
     """Train `base` by a recipe on findings of train hazards, write a checkpoint folder, and return its card.
 
     Raises:
@@ -162,7 +162,8 @@ def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding],
     examples = recipe.method.call(lessons, **recipe.params)
     card = {
         "name": out.name,
-        "base": base,
+        # A base that is a folder is found from the checkpoint, so that a run can be moved as a whole.
+        "base": os.path.relpath(base, out) if Path(base).is_dir() else base,
         "recipe": str(recipe),
         "params": recipe.params,
         "policy": policy.name,

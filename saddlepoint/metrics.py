@@ -124,13 +124,19 @@ class Agreement:
 
 
 def agreement(truth: Sequence[bool], said: Sequence[Outcome], seed: int = 0, resamples: int = 4000) -> Agreement:
-    """Compare a judge's verdicts with the truth. Kappa is Cohen's, with a bootstrap interval over cases."""
+    """Compare a judge's verdicts with the truth. Kappa is Cohen's, with a bootstrap interval over cases.
+
+    Where they agree on every case the bootstrap would claim certainty; there the lower bound is that of Wilson's for
+    "all n of n".
+    """
     pairs = np.array([(t, s) for t, s in zip(truth, said, strict=True) if s is not None], dtype=bool).reshape(-1, 2)
     t, s = pairs[:, 0], pairs[:, 1]
     confusion = (int((t & s).sum()), int((~t & s).sum()), int((t & ~s).sum()), int((~t & ~s).sum()))
     draws = np.random.default_rng(seed).integers(0, max(1, len(pairs)), (resamples, len(pairs)))
     drawn = [_kappa(t[d], s[d]) for d in draws] if len(pairs) else [float("nan")]
     low, high = np.nanquantile(drawn, [0.025, 0.975]) if not np.all(np.isnan(drawn)) else (float("nan"), float("nan"))
+    if len(pairs) and confusion[1] == confusion[2] == 0:
+        low = _kappa(t, s, binomtest(len(pairs), len(pairs)).proportion_ci(method="wilson").low)
     return Agreement(
         confusion,
         sum(x is None for x in said),
@@ -141,10 +147,10 @@ def agreement(truth: Sequence[bool], said: Sequence[Outcome], seed: int = 0, res
     )
 
 
-def _kappa(t: np.ndarray, s: np.ndarray) -> float:
-    """Cohen's kappa; nan where chance agreement is certain (one side is constant and the other the same)."""
+def _kappa(t: np.ndarray, s: np.ndarray, agreed: float | None = None) -> float:
+    """Cohen's kappa, with another share of agreement if given; nan where chance agreement is certain (one side is constant and the other the same)."""
     if not len(t):
         return float("nan")
-    agreed = float((t == s).mean())
+    agreed = float((t == s).mean()) if agreed is None else agreed
     chance = float(t.mean() * s.mean() + (1 - t.mean()) * (1 - s.mean()))
     return float("nan") if chance == 1 else (agreed - chance) / (1 - chance)

@@ -44,7 +44,7 @@ class Parameter:
     def check(self, value: Any, where: str) -> Any:
         kind = str if self.is_target else self.annotation
         try:
-            return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+            return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value, strict=True)
         except ValidationError as wrong:
             said = wrong.errors()[0]["msg"]
             raise UsageError(f"{where}: parameter '{self.name}' got {value!r}: {said}; default: {self.default!r}") from None
@@ -158,12 +158,14 @@ def get(kind: MethodKind, name: str) -> Method:
         raise unknown(kind, name, names(kind), f"list: saddlepoint list {kind}s")
     try:
         if name in _files(kind):
-            loaded = getattr(importlib.import_module(_files(kind)[name]), _object_name(kind, name))
+            loaded = getattr(importlib.import_module(_files(kind)[name]), _object_name(kind, name), None)
         else:
             loaded = _outside(kind)[name].load()
     except ModuleNotFoundError as missing:
-        need = missing.name or "a package"
-        raise MissingExtraError(f"{kind} '{name}' needs {need}: pip install 'saddlepoint[local]'") from missing
+        how = "pip install 'saddlepoint[local]'" if name in _files(kind) else f"see the package of {_outside(kind)[name].value}"
+        raise MissingExtraError(f"{kind} '{name}' needs {missing.name or 'a package'}: {how}") from missing
+    except (ImportError, AttributeError) as wrong:
+        raise UsageError(f"{kind} '{name}' cannot be loaded: {wrong}; correct or remove the package that registers it") from wrong
     method = getattr(loaded, "__saddlepoint__", None)
     if not isinstance(method, Method) or method.kind != kind or method.name != name:
         raise UsageError(f"{kind} '{name}' is not decorated with @{kind} in a file of that name")
@@ -183,7 +185,7 @@ def parse(kind: MethodKind, text: str) -> list[Call]:
     try:
         tree = ast.parse(f"({text.strip().rstrip(',')},)", mode="eval").body
         items = tree.elts if isinstance(tree, ast.Tuple) else []
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a null byte is a ValueError, thousands of brackets the others
         items = []
     if not items:
         raise UsageError(f"cannot read {kind}s {text!r}; write: name, name(parameter=value); list: saddlepoint list {kind}s")
@@ -197,14 +199,16 @@ def _call(kind: MethodKind, item: ast.expr) -> Call:
     if not isinstance(item, ast.Call) or not isinstance(item.func, ast.Name) or item.args:
         raise UsageError(f"cannot read {kind} {source!r}; write: name or name(parameter=value)")
     method = get(kind, item.func.id)
-    given = {}
+    given: dict[str, Any] = {}
     for keyword in item.keywords:
         name = str(keyword.arg)
         if name not in method.parameters:
             raise unknown(f"parameter of {kind} '{method.name}' called", name, method.parameters, f"see: saddlepoint list {kind}s --json")
+        if name in given:
+            raise UsageError(f"{source}: parameter '{name}' is given twice")
         try:
             value = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError):
             raise UsageError(f"{source}: the value of '{name}' must be a plain value, such as 3, 0.5, 'text', True") from None
         given[name] = method.parameters[name].check(value, source)
     return Call(method, tuple(sorted(given.items())))

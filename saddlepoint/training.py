@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,12 @@ def encode(model: HF, example: Example) -> Encoded:
 
 
 def train(
-    model: HF, examples: Sequence[Example], config: TrainConfig, out: Path, card: dict, tell: Callable[[Progress], None] = lambda _: None
+    model: HF,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    out: Path,
+    card: dict[str, Any],
+    tell: Callable[[Progress], None] = lambda _: None,
 ) -> Path:
     """Train a LoRA on `examples` and write it to `out`, whole or not at all. The model itself is changed; load it anew.
 
@@ -164,13 +170,13 @@ def _loss(model: HF, wrapped: torch.nn.Module, batch: list[Encoded], rows: Tenso
     picked = hidden[index[:, 0], index[:, 1]]  # (learned, width)
     labels = torch.tensor([batch[r].learned[i] for r, i in at], device=rows.device)
     weights = torch.tensor([batch[r].weight for r, _ in at], device=rows.device)
-    nll = torch.cat([
-        F.cross_entropy(model.head(h), y, reduction="none") for h, y in zip(picked.split(64), labels.split(64), strict=True)
-    ])
+    nll = torch.cat(
+        [F.cross_entropy(model.head(h), y, reduction="none") for h, y in zip(torch.split(picked, 64), torch.split(labels, 64), strict=True)]
+    )
     return (nll * weights).sum() / weights.sum()
 
 
-def _write(wrapped: torch.nn.Module, out: Path, card: dict) -> Path:
+def _write(wrapped: torch.nn.Module, out: Path, card: dict[str, Any]) -> Path:
     partial = out.with_name(f".partial-{out.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -100,7 +100,7 @@ def test_only_the_best_allowed_tokens_of_each_slot_are_drawn() -> None:
 
 
 def test_more_topk_than_tokens_draws_them_all() -> None:
-    control, _, allowed, rows = drawn(width=6000, topk=256)
+    _, _, allowed, rows = drawn(width=6000, topk=256)
 
     assert {int(t) for t in rows.flatten() if t < 100} == set(allowed.nonzero().flatten().tolist())
 

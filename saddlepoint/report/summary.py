@@ -45,7 +45,7 @@ def summarize(store: Store) -> dict[str, Any]:
         "cost": {phase: _cost([f for f in findings if f.phase == phase]) for phase in dict.fromkeys(f.phase for f in findings)},
         "stages": stages,
     }
-    return _without_nan(summary)
+    return {key: _without_nan(value) for key, value in summary.items()}
 
 
 def _params(config: Config) -> dict[str, dict[str, Any]]:

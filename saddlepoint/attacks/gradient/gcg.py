@@ -60,7 +60,7 @@ def gcg(
     for step in range(1, num_steps + 1):
         row = torch.cat([frame.before, control, frame.after, frame.affirmative])
         grad = model.gradient(row, at, span)  # (length, vocabulary)
-        drawn = propose(control, grad, allowed, search_width, topk, n_replace, generator).unique(dim=0)
+        drawn = torch.unique(propose(control, grad, allowed, search_width, topk, n_replace, generator), dim=0)
         if filter_ids:
             drawn = drawn[model.survives(frame, drawn)]
         if len(drawn):

@@ -51,9 +51,12 @@ class PerplexityFilter:
 
     def scores(self, texts: Sequence[str]) -> list[float]:
         """The loss per token of each text, or of its worst window; an empty text scores 0."""
-        # One at a time: in bfloat16 a text's loss moves by 0.07 nats with what shares its batch, and a verdict must not.
-        losses = [-row for text in texts for row in self.scorer.logprobs([((), text)])]
-        return [max((float(w.mean()) for w in row.split(self.window or len(row))), default=0.0) if len(row) else 0.0 for row in losses]
+        worst = []
+        for text in texts:  # one at a time: in bfloat16 a loss moves by 0.07 nats with what shares its batch, and a verdict must not
+            (row,) = self.scorer.logprobs([((), text)])
+            size = self.window or max(1, len(row))
+            worst.append(max((float(-row[i : i + size].mean()) for i in range(0, len(row), size)), default=0.0))
+        return worst
 
     def calibrated(self, requests: Sequence[str]) -> "PerplexityFilter":
         """The same filter with the lowest threshold that lets all of `requests` pass; a given threshold stays."""
