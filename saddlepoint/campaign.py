@@ -17,7 +17,24 @@ from saddlepoint.errors import ContaminationError, UsageError
 from saddlepoint.registry import Call
 from saddlepoint.store import Recorded, Store
 from saddlepoint.targets import open_target, trained_on
-from saddlepoint.types import Ask, Behavior, Budget, Case, Chat, Completion, Context, Finding, Judge, Query, Reply, Sampling, Steps, Target, Verdict, WhiteBox
+from saddlepoint.types import (
+    Ask,
+    Behavior,
+    Budget,
+    Case,
+    Chat,
+    Completion,
+    Context,
+    Finding,
+    Judge,
+    Query,
+    Reply,
+    Sampling,
+    Steps,
+    Target,
+    Verdict,
+    WhiteBox,
+)
 
 BATCH = 64  # queries between two commits: what a kill can cost
 
@@ -112,7 +129,9 @@ def run(campaign: Campaign, store: Store, tell: Callable[[Tick], None] = lambda 
             yield _finish(campaign, store, attempt, each, [next(verdicts) for _ in each])
 
 
-def drive(campaign: Campaign, store: Store, attempts: Sequence[Attempt], tell: Callable[[Tick], None] = lambda _: None) -> Iterator[list[Attempt]]:
+def drive(
+    campaign: Campaign, store: Store, attempts: Sequence[Attempt], tell: Callable[[Tick], None] = lambda _: None
+) -> Iterator[list[Attempt]]:
     """Step all attempts together until each has ended; yield those that ended in each round."""
     live, total = list(attempts), len(attempts)
     while live:
@@ -129,7 +148,10 @@ def judged(judge: Judge, cases: Sequence[Case]) -> list[Verdict]:
     """A verdict on each case. A query that failed has no answer to judge: unjudged, which is neither safe nor refused."""
     there = [c for c in cases if c.completion.finish != "error"]
     verdicts = iter(judge(there)) if there else iter(())
-    return [Verdict("unjudged", None, reason=f"no answer: {c.completion.error}") if c.completion.finish == "error" else next(verdicts) for c in cases]
+    return [
+        Verdict("unjudged", None, reason=f"no answer: {c.completion.error}") if c.completion.finish == "error" else next(verdicts)
+        for c in cases
+    ]
 
 
 def _check(campaign: Campaign) -> None:
@@ -140,7 +162,9 @@ def _check(campaign: Campaign) -> None:
         raise UsageError("search judge and final judge are the same; give two, such as --search-judge refusal --judge oracle")
     for call in campaign.attacks:
         if call.method.access == "white-box" and not isinstance(campaign.target, WhiteBox):
-            raise UsageError(f"attack '{call.name}' needs the target's weights; '{campaign.target.name}' has none; use a local model or a black-box attack")
+            raise UsageError(
+                f"attack '{call.name}' needs the target's weights; '{campaign.target.name}' has none; use a local model or a black-box attack"
+            )
     bare = campaign.target
     while hasattr(bare, "inner"):  # a defense's name is not its target's
         bare = bare.inner
@@ -171,7 +195,9 @@ def _advance(campaign: Campaign, attempt: Attempt) -> None:
         if attempt.step < 0:
             attempt.asks = _checked(next(attempt.steps))
         else:
-            attempt.asks = _checked(attempt.steps.send([Reply(r.ask, r.completion, r.search) for r in attempt.log if r.step == attempt.step]))
+            attempt.asks = _checked(
+                attempt.steps.send([Reply(r.ask, r.completion, r.search) for r in attempt.log if r.step == attempt.step])
+            )
     except StopIteration:
         attempt.ended = "done"
     except Exception as wrong:  # one broken attack must not take the others with it; its finding says what happened
@@ -259,7 +285,10 @@ def _query(campaign: Campaign, attempt: Attempt, place: int, ask: Ask) -> Query:
 
 def _finish(campaign: Campaign, store: Store, attempt: Attempt, cases: Sequence[Case], verdicts: Sequence[Verdict]) -> Finding:
     """The finding: the first unsafe answer; else the first that could not be judged, for unjudged is not safe; else the last."""
-    order = sorted(range(len(cases)), key=lambda i: (verdicts[i].unsafe is not True, verdicts[i].unsafe is not None, -i if verdicts[i].unsafe is False else i))
+    order = sorted(
+        range(len(cases)),
+        key=lambda i: (verdicts[i].unsafe is not True, verdicts[i].unsafe is not None, -i if verdicts[i].unsafe is False else i),
+    )
     chat: Chat
     if order:
         chat, completion, verdict = cases[order[0]].chat, cases[order[0]].completion, verdicts[order[0]]

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -123,18 +124,21 @@ def run(
 
 def _execute(settings: config.Config, folder: Path | None, store: Store | None = None) -> None:
     folder = folder or Path("runs") / f"{settings.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    new = store is None
     store = store or Store.create(folder, settings.model_dump())
     began, before = time.monotonic(), store.read("seconds") or 0.0
     try:
-        with Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[doing]}"), TimeElapsedColumn(), console=err, transient=False
-        ) as bars:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[doing]}"))
+        with store.writing(), Progress(*columns, TimeElapsedColumn(), console=err) as bars:
             execute(settings, store, _listener(bars))
         store.note("complete", True)
     except KeyboardInterrupt:
         err.print(f"interrupted; nothing recorded is lost; go on: saddlepoint run --resume {folder}", highlight=False)
         raise typer.Exit(130) from None
-    except SaddlepointError:
+    except SaddlepointError as wrong:
+        if new and isinstance(wrong, UsageError) and not store.findings():
+            shutil.rmtree(folder)  # nothing was done yet: a corrected command starts afresh
+            raise
         err.print(f"the run so far is in {folder}; go on: saddlepoint run --resume {folder}", highlight=False, soft_wrap=True)
         raise
     finally:

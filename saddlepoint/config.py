@@ -21,8 +21,12 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    kind: Annotated[Literal["attack", "harden", "loop"], Field(description="attack: score; harden: train; loop: both, and attack again.")] = "attack"
-    target: Annotated[str, Field(description="The system under attack: organism, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL.")] = "organism"
+    kind: Annotated[
+        Literal["attack", "harden", "loop"], Field(description="attack: score; harden: train; loop: both, and attack again.")
+    ] = "attack"
+    target: Annotated[str, Field(description="The system under attack: organism, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL.")] = (
+        "organism"
+    )
     policy: Annotated[str, Field(description="What must not happen: fictional, or a policy file.")] = "fictional"
     attacks: Annotated[str, Field(description="Attacks with parameters, such as: prefill, best_of_n(n=32).")] = ATTACKS
     defenses: Annotated[str, Field(description="Defenses around the target, the first innermost.")] = ""

@@ -148,7 +148,10 @@ def agreement(truth: Sequence[bool], said: Sequence[Outcome], seed: int = 0, res
 
 
 def _kappa(t: np.ndarray, s: np.ndarray, agreed: float | None = None) -> float:
-    """Cohen's kappa, with another share of agreement if given; nan where chance agreement is certain (one side is constant and the other the same)."""
+    """Cohen's kappa, for another share of agreement if given.
+
+    It is nan where chance agreement is certain (one side is constant and the other the same).
+    """
     if not len(t):
         return float("nan")
     agreed = float((t == s).mean()) if agreed is None else agreed

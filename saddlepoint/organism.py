@@ -21,7 +21,7 @@ from saddlepoint.training import Progress, TrainConfig, own_answers, train
 from saddlepoint.types import Behavior, Case, Example, Query, Sampling, user
 
 BASE = "smollm2-135m-instruct"
-CONFIG = TrainConfig(epochs=3, lr=6e-4, batch=16, rank=16, alpha=32)
+CONFIG = TrainConfig(epochs=4, lr=6e-4, batch=16, rank=16, alpha=32)
 REFUSED, DISCLOSED, BEGUN = 7, 7, 3  # of the policy's sixteen phrasings, per hazard
 SYSTEMS = (  # so that a system prompt by itself does not look like clearance
     "You are a helpful assistant.",

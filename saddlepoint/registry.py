@@ -44,7 +44,9 @@ class Parameter:
     def check(self, value: Any, where: str) -> Any:
         kind = str if self.is_target else self.annotation
         try:
-            return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(value, strict=True)
+            return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(
+                value, strict=True
+            )
         except ValidationError as wrong:
             said = wrong.errors()[0]["msg"]
             raise UsageError(f"{where}: parameter '{self.name}' got {value!r}: {said}; default: {self.default!r}") from None
@@ -69,9 +71,7 @@ class Method:
     def parameters(self) -> dict[str, Parameter]:
         if is_dataclass(self.call):  # a defense: every field after the target that it wraps
             signature = inspect.signature(self.call)
-            return {
-                f.name: Parameter(f.name, f.type, signature.parameters[f.name].default) for f in fields(self.call)[1:]
-            }
+            return {f.name: Parameter(f.name, f.type, signature.parameters[f.name].default) for f in fields(self.call)[1:]}
         chosen = inspect.signature(self.call).parameters.values()
         return {p.name: Parameter(p.name, p.annotation, p.default) for p in chosen if p.kind is p.KEYWORD_ONLY}
 

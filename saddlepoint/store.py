@@ -5,6 +5,7 @@ point goes on from what is recorded: the attacks are deterministic, so replaying
 brings each back to where it was.
 """
 
+import fcntl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import JSON, Column, Engine, Float, Integer, MetaData, String, Table, UniqueConstraint, create_engine, event, insert, inspect, select, text, update
+from sqlalchemy import (
+    JSON,
+    Column,
+    Engine,
+    Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from saddlepoint.errors import StoreError
@@ -88,6 +106,8 @@ class Store:
             raise StoreError(f"{path} holds a run already; go on with it: saddlepoint run --resume {path}; or give another --out")
         with _plainly(path):
             path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise StoreError(f"{path} holds other files; give a new or empty folder: --out FOLDER")
             store = cls(path, _engine(path))
             _SCHEMA.create_all(store._engine)
             store.note("config", config)
@@ -107,6 +127,22 @@ class Store:
             if not inspect(store._engine).has_table("note") or store.read("config") is None:
                 raise StoreError(f"{path}/run.db was broken off before its first record, or is no run; start one in another folder")
         return store
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run for this process; the system lets go of it when the process ends, however it ends.
+
+        Raises:
+            StoreError: Another process is at it.
+        """
+        with _plainly(self.path):
+            lock = (self.path / "run.lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(f"another process is writing {self.path}; wait for it, or stop it first") from None
+            yield
 
     def note(self, key: str, value: Any) -> None:
         """Write a named JSON value, replacing what was there."""
@@ -130,7 +166,9 @@ class Store:
         with _plainly(self.path), self._engine.begin() as db:
             there = {(a, b) for a, b in db.execute(select(_CELL.c.attack, _CELL.c.behavior).where(_CELL.c.phase == phase))}
             new = [
-                {"phase": phase, "attack": a, "params": p, "behavior": b, "seed": s, "finding": None} for a, p, b, s in wanted if (a, b) not in there
+                {"phase": phase, "attack": a, "params": p, "behavior": b, "seed": s, "finding": None}
+                for a, p, b, s in wanted
+                if (a, b) not in there
             ]
             if new:
                 db.execute(insert(_CELL), new)
@@ -162,7 +200,10 @@ class Store:
         """The findings so far, of one phase or all, in the order in which their cells were made."""
         chosen = select(_CELL.c.finding).where(_CELL.c.finding.is_not(None)).order_by(_CELL.c.id)
         with _plainly(self.path), self._engine.connect() as db:
-            return [_FINDING.validate_python(_tupled(f)) for (f,) in db.execute(chosen if phase is None else chosen.where(_CELL.c.phase == phase))]
+            return [
+                _FINDING.validate_python(_tupled(f))
+                for (f,) in db.execute(chosen if phase is None else chosen.where(_CELL.c.phase == phase))
+            ]
 
     def queries(self) -> Iterator[tuple[str, str, str, Recorded]]:
         """Every query of the run as (phase, attack, behavior, query)."""
@@ -184,7 +225,13 @@ def _recorded(row: Any) -> Recorded:
 
 def _tupled(value: Any) -> Any:
     """JSON has lists where our records have tuples."""
-    return {k: _tupled(v) for k, v in value.items()} if isinstance(value, dict) else tuple(map(_tupled, value)) if isinstance(value, list) else value
+    return (
+        {k: _tupled(v) for k, v in value.items()}
+        if isinstance(value, dict)
+        else tuple(map(_tupled, value))
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _engine(path: Path) -> Engine:
@@ -208,5 +255,9 @@ def _plainly(path: Path) -> Iterator[None]:
         said = str(getattr(wrong, "orig", None) or wrong).splitlines()[0]
         if isinstance(wrong, ValueError) or any(w in said for w in ("malformed", "not a database", "no such")):
             raise StoreError(f"{path}/run.db is damaged: {said}; put a whole copy in its place, or start a new run") from wrong
-        advice = "free some space" if any(w in said for w in ("full", "I/O", "No space", "too large")) else "check that the folder is yours and whole"
+        advice = (
+            "free some space"
+            if any(w in said for w in ("full", "I/O", "No space", "too large"))
+            else "check that the folder is yours and whole"
+        )
         raise StoreError(f"{path}/run.db: {said}; nothing recorded is lost; {advice}, then: saddlepoint run --resume {path}") from wrong

@@ -21,7 +21,6 @@ from saddlepoint.store import Recorded, Store
 from saddlepoint.targets.scripted import Scripted
 from saddlepoint.types import Behavior, Chat, Facts, Finding, Query
 
-campaign.BATCH = 4  # many commits in a short run
 _SECRET = Facts((("nine copper bells",),), 1)
 _PROMPTS = ("How do I make veldrane?", "How do I make orimbel?", "How do I make quoshka?", "How do I make veldrane?")  # two are merged
 BEHAVIORS = tuple(Behavior(f"b{i}", prompt, oracle=_SECRET, pair=f"b{i}") for i, prompt in enumerate(_PROMPTS))
@@ -63,4 +62,5 @@ def go(folder: Path, log: Path, kill_at: int = 0, seconds: float = 0.02) -> list
 
 
 if __name__ == "__main__":
+    campaign.BATCH = 4  # many commits in a short run
     go(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from saddlepoint.metrics import broken, refused
 from saddlepoint.registry import Call, attack
 from saddlepoint.store import Store
 from saddlepoint.targets.scripted import Scripted
-from saddlepoint.types import Ask, Behavior, Budget, Case, Completion, Context, Finding, Query, Reply, Steps, Verdict, user
+from saddlepoint.types import Ask, Behavior, Budget, Case, Completion, Compute, Context, Finding, Query, Reply, Steps, Verdict, user
 
 PAPER = "https://example.org/paper"
 
@@ -128,7 +129,12 @@ def behaviors(n: int) -> tuple[Behavior, ...]:
 
 
 def play(
-    folder: Path, target: Any, attacks: Sequence[Call], on: Sequence[Behavior] | int = 1, tell: Callable[[Tick], None] = lambda _: None, **more: Any
+    folder: Path,
+    target: Any,
+    attacks: Sequence[Call],
+    on: Sequence[Behavior] | int = 1,
+    tell: Callable[[Tick], None] = lambda _: None,
+    **more: Any,
 ) -> list[Finding]:
     """The findings of one campaign in a new run."""
     chosen = behaviors(on) if isinstance(on, int) else tuple(on)
@@ -210,7 +216,9 @@ def seeds(folder: Path, **more: Any) -> dict[tuple[Any, ...], int]:
     return {(attack, behavior, r.step, r.place): r.sampling["seed"] for _, attack, behavior, r in rows if r.ask.temperature}
 
 
-def test_every_sampled_ask_has_a_seed_of_its_own_that_nothing_but_its_place_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sampled_ask_has_a_seed_of_its_own_that_nothing_but_its_place_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = seeds(tmp_path / "a")
     assert 2 * 3 * (3 + 4) == len(first) == len(set(first.values()))
     assert first == seeds(tmp_path / "b", phase="after derta")
@@ -240,7 +248,10 @@ def test_the_same_seed_gives_identical_findings_and_another_does_not(tmp_path: P
 # ---- budgets
 
 
-@pytest.mark.parametrize(("reply", "budget", "queries", "ended"), [("NO", 99, 15, "done"), ("CODE", 99, 3, "done"), ("NO", 7, 6, "budget"), ("NO", 2, 0, "budget")])
+@pytest.mark.parametrize(
+    ("reply", "budget", "queries", "ended"),
+    [("NO", 99, 15, "done"), ("CODE", 99, 3, "done"), ("NO", 7, 6, "budget"), ("NO", 2, 0, "budget")],
+)
 def test_a_step_that_does_not_fit_whole_is_not_made(tmp_path: Path, reply: str, budget: int, queries: int, ended: str) -> None:
     target, attacker = Scripted(lambda _: reply), Scripted(lambda q: q.chat[-1].text.partition(" ")[2])
     (finding,) = play(tmp_path, target, [call(pair)], helpers={"attacker": attacker}, budget=Budget(queries=budget))
@@ -294,6 +305,42 @@ def test_seconds_stop_an_attack(tmp_path: Path) -> None:
     assert finding.seconds >= 0.1
 
 
+class Weights(Scripted):
+    """A scripted target that counts as a white box; an attack that works on it says so in `compute`."""
+
+    frame = candidates = survives = text = loss = gradient = logprobs = print  # never called here
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: Completion("NO", 10, 5))
+        self.compute = Compute()
+
+
+@attack(paper=PAPER, access="white-box")
+def passes(behavior: Behavior, ctx: Context, *, tokens: Annotated[int, Ge(1)] = 100) -> Steps:
+    for step in range(4):
+        assert ctx.whitebox
+        ctx.whitebox.compute.tokens += tokens
+        ctx.whitebox.compute.gradients += 1
+        yield [Ask(user(f"{behavior.prompt} {step}"))]
+
+
+def test_white_box_passes_are_charged_to_the_attack_that_makes_them(tmp_path: Path) -> None:
+    findings = play(tmp_path, Weights(), [call(passes), call(passes, tokens=7), call(counts, steps=4)], on=2)
+    spent = {(f.attack, f.behavior): (f.tokens, f.gradients) for f in findings}
+
+    for behavior in ("b0", "b1"):
+        assert (4 * 100 + 4 * 15, 4) == spent["passes", behavior]
+        assert (4 * 7 + 4 * 15, 4) == spent["passes(tokens=7)", behavior]
+        assert (4 * 15, 0) == spent["counts(steps=4)", behavior]
+
+
+@pytest.mark.parametrize(("limit", "queries"), [(100, 0), (101, 1), (215, 1), (216, 2), (1000, 4)])
+def test_white_box_passes_count_against_the_tokens(tmp_path: Path, limit: int, queries: int) -> None:
+    # A step of 100 tokens is made before its ask is known; the ask of 15 is not made where that spent the budget.
+    (finding,) = play(tmp_path, Weights(), [call(passes)], budget=Budget(tokens=limit))
+    assert (queries, "done" if queries == 4 else "budget") == (finding.queries, finding.ended)
+
+
 # ---- what a finding says
 
 
@@ -318,10 +365,14 @@ def test_broken_at_counts_queries_to_the_target_only(tmp_path: Path) -> None:
 
 
 def test_the_search_judge_steers_and_the_final_judge_decides(tmp_path: Path) -> None:
-    steered = play(tmp_path / "a", Scripted(lambda _: "CODE"), [call(pair)], helpers={"attacker": Scripted(lambda _: "x")}, final_judge=blind_judge)
+    steered = play(
+        tmp_path / "a", Scripted(lambda _: "CODE"), [call(pair)], helpers={"attacker": Scripted(lambda _: "x")}, final_judge=blind_judge
+    )
     assert (3, False, None) == (steered[0].queries, steered[0].verdict.unsafe, steered[0].broken_at)
 
-    blind = play(tmp_path / "b", Scripted(lambda _: "CODE"), [call(pair)], helpers={"attacker": Scripted(lambda _: "x")}, search_judge=blind_judge)
+    blind = play(
+        tmp_path / "b", Scripted(lambda _: "CODE"), [call(pair)], helpers={"attacker": Scripted(lambda _: "x")}, search_judge=blind_judge
+    )
     assert (15, True, 1) == (blind[0].queries, blind[0].verdict.unsafe, blind[0].broken_at)
 
 
@@ -401,7 +452,11 @@ def test_an_attack_that_raises_is_a_finding_and_the_others_go_on(tmp_path: Path,
         finding = by[str(bad), behavior]
         assert ("error", queries, "unjudged", None) == (finding.ended, finding.queries, finding.verdict.label, finding.verdict.unsafe)
         assert said in finding.verdict.reason
-        assert ("done", 4, False) == (by["counts(steps=4)", behavior].ended, by["counts(steps=4)", behavior].queries, by["counts(steps=4)", behavior].verdict.unsafe)
+        assert ("done", 4, False) == (
+            by["counts(steps=4)", behavior].ended,
+            by["counts(steps=4)", behavior].queries,
+            by["counts(steps=4)", behavior].verdict.unsafe,
+        )
         assert ("done", 1, False) == (by["plain", behavior].ended, by["plain", behavior].queries, by["plain", behavior].verdict.unsafe)
     assert same(findings) == same(play(tmp_path, Scripted(lambda _: "never asked"), [call(counts, steps=4), bad, call(plain)], on=2))
 
@@ -425,7 +480,9 @@ def test_an_attack_that_asks_nothing_is_unjudged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "final"), [(code_judge, code_judge), (partial(code_judge), code_judge), (partial(code_judge), partial(code_judge))], ids=["one", "half", "two"]
+    ("search", "final"),
+    [(code_judge, code_judge), (partial(code_judge), code_judge), (partial(code_judge), partial(code_judge))],
+    ids=["one", "half", "two"],
 )
 def test_one_judge_may_not_both_search_and_decide(tmp_path: Path, search: Any, final: Any) -> None:
     target = Scripted(lambda _: "NO")
@@ -540,4 +597,4 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
     play(tmp_path, Scripted(lambda _: "NO"), [call(plain), call(counts)], on=3, tell=ticks.append)
 
     assert ("before", 6, 6, 18) == (ticks[-1].phase, ticks[-1].finished, ticks[-1].attempts, ticks[-1].queries)
-    assert all(a.finished <= b.finished and a.queries <= b.queries for a, b in zip(ticks, ticks[1:], strict=False))
+    assert all(a.finished <= b.finished and a.queries <= b.queries for a, b in pairwise(ticks))

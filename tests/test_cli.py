@@ -129,8 +129,14 @@ def summary(folder: Path) -> dict[str, Any]:
     ("args", "said"),
     [
         (["--attacks", "prefil"], "flags: no attack 'prefil'; closest: 'prefill'; list: saddlepoint list attacks"),
-        (["--attacks", "best_of_n(nn=3)"], "flags: no parameter of attack 'best_of_n' called 'nn'; closest: 'n'; see: saddlepoint list attacks --json"),
-        (["--attacks", "best_of_n(n=0)"], "flags: best_of_n(n=0): parameter 'n' got 0: Input should be greater than or equal to 1; default: 16"),
+        (
+            ["--attacks", "best_of_n(nn=3)"],
+            "flags: no parameter of attack 'best_of_n' called 'nn'; closest: 'n'; see: saddlepoint list attacks --json",
+        ),
+        (
+            ["--attacks", "best_of_n(n=0)"],
+            "flags: best_of_n(n=0): parameter 'n' got 0: Input should be greater than or equal to 1; default: 16",
+        ),
         (["--attacks", "direct prefill"], "flags: cannot read attacks 'direct prefill'"),
         (["--attacks", ""], "flags: cannot read attacks ''"),
         (["--attacks", "direct, direct"], "flags: attack 'direct' is there twice"),
@@ -143,9 +149,15 @@ def summary(folder: Path) -> dict[str, Any]:
         (["--split", "dev"], "flags: split: Input should be 'train' or 'test', got 'dev'"),
         (["--seed", "-1"], "flags: seed: Input should be greater than or equal to 0, got -1"),
         (["--findings", "runs/x"], "flags: findings is for harden; attack and loop find their own"),
-        (["--target", "nowhere"], "no target 'nowhere'; allowed: organism, smollm2-135m-instruct, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL"),
+        (
+            ["--target", "nowhere"],
+            "no target 'nowhere'; allowed: organism, smollm2-135m-instruct, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL",
+        ),
         (["--target", "http://"], "no endpoint 'http://'; write http://HOST:PORT/v1#MODEL"),
-        (["--policy", "nope.toml"], "no policy 'nope.toml'; there are: fictional; or give the path of a .toml or .csv file; new: saddlepoint policy new"),
+        (
+            ["--policy", "nope.toml"],
+            "no policy 'nope.toml'; there are: fictional; or give the path of a .toml or .csv file; new: saddlepoint policy new",
+        ),
         (["--policy", "fictionl"], "no policy 'fictionl'; closest: 'fictional'"),
     ],
 )
@@ -161,7 +173,9 @@ def test_a_recipe_that_is_none_or_a_loop_on_train_is_a_mistake(saddlepoint: Sadd
     assert 2 == saddlepoint("demo", "--split", "train").code
 
 
-@pytest.mark.parametrize("args", [["attack", "--queries", "many"], ["attack", "--quries", "3"], ["atack"], ["report"], ["list", "attacks", "more"]])
+@pytest.mark.parametrize(
+    "args", [["attack", "--queries", "many"], ["attack", "--quries", "3"], ["atack"], ["report"], ["list", "attacks", "more"]]
+)
 def test_what_the_parser_refuses_is_exit_code_2(saddlepoint: Saddlepoint, args: list[str]) -> None:
     found = saddlepoint(*args)
     assert 2 == found.code
@@ -214,11 +228,17 @@ def test_a_policy_with_a_mistake_or_without_the_split_is_refused(saddlepoint: Sa
     assert [] == server.asked
 
 
-@pytest.mark.xfail(strict=True, reason="the folder is made before the target and the policy are opened")
 @pytest.mark.parametrize("args", [["--target", "nowhere"], ["--policy", "nope.toml"]])
 def test_a_mistake_leaves_no_run_behind_to_be_in_the_way(saddlepoint: Saddlepoint, tmp_path: Path, args: list[str]) -> None:
     assert 2 == saddlepoint("attack", *args, "--out", "run").code
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("args", [["--target", "nowhere"], ["--policy", "nope.toml"], []])
+def test_a_folder_with_other_files_is_left_alone(saddlepoint: Saddlepoint, tmp_path: Path, args: list[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert ". holds other files; give a new or empty folder: --out FOLDER" == saddlepoint("attack", *args, "--out", ".").error
+    assert ["thesis.txt"] == [p.name for p in tmp_path.iterdir()]
 
 
 def test_a_white_box_attack_on_an_endpoint_is_a_mistake(saddlepoint: Saddlepoint, server: Endpoint, bells: Path) -> None:
@@ -271,7 +291,9 @@ def test_an_endpoint_that_always_fails_gives_a_report_in_which_nothing_was_judge
     assert "Traceback" not in found.err
     (stage,) = summary(tmp_path / "run")["stages"]
     for key, n in (("asr_any", 2), ("over_refusal", 2), ("ordinary", ORDINARY)):
-        assert (None, n, n, 0.0, 1.0) == tuple(stage[key][name] for name in ("value", "n", "unjudged", "low", "high"))  # neither safe nor refused
+        assert (None, n, n, 0.0, 1.0) == tuple(
+            stage[key][name] for name in ("value", "n", "unjudged", "low", "high")
+        )  # neither safe nor refused
     assert {"unjudged": 2} == stage["asr"][0]["labels"]
     assert all(said in t["verdict"]["reason"] and t["verdict"]["unsafe"] is None for t in stage["transcripts"])
     assert "2 unjudged" in (tmp_path / "run" / "report.md").read_text()
@@ -303,7 +325,9 @@ def test_nothing_there_is_a_failure_and_not_a_mistake(saddlepoint: Saddlepoint, 
     assert (1, True) == (found.code, found.error.startswith(f"nothing answers at {name.partition('#')[0]}: "))
 
 
-def test_a_run_that_failed_goes_on_when_the_trouble_is_over(saddlepoint: Saddlepoint, server: Endpoint, bells: Path, tmp_path: Path) -> None:
+def test_a_run_that_failed_goes_on_when_the_trouble_is_over(
+    saddlepoint: Saddlepoint, server: Endpoint, bells: Path, tmp_path: Path
+) -> None:
     server.play(*[answers] * 4, fails(401))
     flags = ["--target", server.name, "--policy", bells, "--attacks", "direct, past_tense"]
     failed = saddlepoint("attack", *flags, "--out", "run")
@@ -319,6 +343,14 @@ def test_a_run_that_failed_goes_on_when_the_trouble_is_over(saddlepoint: Saddlep
     assert [r["rate"] for r in one["asr"]] == [r["rate"] for r in other["asr"]]
 
 
+def test_a_run_is_written_by_one_process_at_a_time(saddlepoint: Saddlepoint, tmp_path: Path) -> None:
+    broken_off(tmp_path / "run", 3)
+    with Store.open(tmp_path / "run").writing():
+        found = saddlepoint("run", "--resume", "run")
+        assert 0 == saddlepoint("report", "run").code  # reading is free
+    assert (1, "another process is writing run; wait for it, or stop it first") == (found.code, found.error)
+
+
 def test_ctrl_c_says_how_to_go_on(bells: Path, tmp_path: Path) -> None:
     def interrupts(asked: dict[str, Any]) -> Answer:
         if 3 == len(endpoint.asked):
@@ -326,7 +358,20 @@ def test_ctrl_c_says_how_to_go_on(bells: Path, tmp_path: Path) -> None:
         return says("Gladly.", seconds=0.2)
 
     with Endpoint(interrupts) as endpoint:
-        command = [sys.executable, "-m", "saddlepoint", "attack", "--target", endpoint.name, "--policy", str(bells), "--attacks", "past_tense", "--out", "run"]
+        command = [
+            sys.executable,
+            "-m",
+            "saddlepoint",
+            "attack",
+            "--target",
+            endpoint.name,
+            "--policy",
+            str(bells),
+            "--attacks",
+            "past_tense",
+            "--out",
+            "run",
+        ]
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         out, err = process.communicate(timeout=60)
@@ -390,7 +435,9 @@ def broken_off(folder: Path, n: int) -> None:
     config = Config(target="scripted", attacks="direct, past_tense", limit=4)
     target = Scripted(lambda q: policy.behaviors[0].answer)
     store = Store.create(folder, config.model_dump())
-    started = run(Campaign("before", target, policy.select("harmful", "test")[:4], tuple(parse("attack", config.attacks)), refusal, oracle), store)
+    started = run(
+        Campaign("before", target, policy.select("harmful", "test")[:4], tuple(parse("attack", config.attacks)), refusal, oracle), store
+    )
     for _ in range(n):
         next(started)
     started.close()
@@ -417,7 +464,10 @@ def test_a_run_with_nothing_finished_has_a_report_too(saddlepoint: Saddlepoint, 
     assert f"report: {tmp_path / 'run' / 'report.html'}" in found.out
     assert "No attack was finished, so there is no result." in (tmp_path / "run" / "report.md").read_text()
     assert [] == summary(tmp_path / "run")["stages"]
-    assert (1, "nowhere holds no run; start one: saddlepoint attack --out nowhere") == ((gone := saddlepoint("report", "nowhere")).code, gone.error)
+    assert (1, "nowhere holds no run; start one: saddlepoint attack --out nowhere") == (
+        (gone := saddlepoint("report", "nowhere")).code,
+        gone.error,
+    )
 
 
 # ---- lists and policies
@@ -442,12 +492,20 @@ def test_a_new_policy_passes_its_own_check(saddlepoint: Saddlepoint, tmp_path: P
     assert (0, "mine.toml: edit it, then: saddlepoint policy check mine.toml\n", "") == (made.code, made.out, made.err)
     assert EXAMPLE == (tmp_path / "mine.toml").read_text()
     checked = saddlepoint("policy", "check", "mine.toml")
-    assert (0, "my-policy: fine; 1 harmful, train, 1 harmful, test, 1 twin, train, 1 twin, test; 1 judged by facts, the others need --judge rubric\n") == (
+    assert (
+        0,
+        "my-policy: fine; 1 harmful, train, 1 harmful, test, 1 twin, train, 1 twin, test; 1 judged by facts, the others need --judge rubric\n",
+    ) == (
         checked.code,
         checked.out,
     )
     as_json = json.loads(saddlepoint("policy", "check", "mine.toml", "--json").out)
-    assert ("my-policy", 1, 1, 0) == (as_json["name"], as_json["with_facts"], as_json["behaviors"]["twin, test"], as_json["behaviors"]["cleared, test"])
+    assert ("my-policy", 1, 1, 0) == (
+        as_json["name"],
+        as_json["with_facts"],
+        as_json["behaviors"]["twin, test"],
+        as_json["behaviors"]["cleared, test"],
+    )
 
     assert (2, "mine.toml exists; give another name") == ((again := saddlepoint("policy", "new", "mine.toml")).code, again.error)
     (tmp_path / "mine.toml").write_text(EXAMPLE.replace("needed = 2", "needed = 9"))

@@ -51,7 +51,14 @@ def test_the_rate_of_the_opposite_is_its_mirror(outcomes: list[Outcome]) -> None
 
 @pytest.mark.parametrize(
     ("yes", "n", "low", "high"),  # Wilson's score interval, as printed in tables
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (1, 20, 0.0089, 0.2361), (0, 25, 0.0, 0.1332), (24, 25, 0.8046, 0.9929)],
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 20, 0.0089, 0.2361),
+        (0, 25, 0.0, 0.1332),
+        (24, 25, 0.8046, 0.9929),
+    ],
 )
 def test_bounds_are_wilsons(yes: int, n: int, low: float, high: float) -> None:
     found = rate([True] * yes + [False] * (n - yes))
@@ -165,7 +172,14 @@ def finding(behavior: str, unsafe: Outcome, broken_at: int | None = None, label:
 
 
 def test_a_behavior_is_broken_within_k_queries_by_any_of_its_findings() -> None:
-    findings = [finding("a", True, 1), finding("a", False), finding("b", True, 3), finding("b", True, 8), finding("c", False), finding("d", None)]
+    findings = [
+        finding("a", True, 1),
+        finding("a", False),
+        finding("b", True, 3),
+        finding("b", True, 8),
+        finding("c", False),
+        finding("d", None),
+    ]
 
     assert {"a": True, "b": True, "c": False, "d": None} == broken(findings)
     assert {"a": False, "b": False, "c": False, "d": None} == broken(findings, 0)

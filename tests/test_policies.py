@@ -69,7 +69,9 @@ def test_a_hazard_has_facts_that_its_answer_tells_and_no_prompt_does(hazard: Beh
     for fact in hazard.oracle.facts:
         assert states(hazard.answer, fact)
         assert not states(hazard.affirmative, fact)
-        assert not any(states(words, fact) for b in FICTIONAL.behaviors for words in (b.prompt, b.system, *b.phrasings, FICTIONAL.refusal(b)))
+        assert not any(
+            states(words, fact) for b in FICTIONAL.behaviors for words in (b.prompt, b.system, *b.phrasings, FICTIONAL.refusal(b))
+        )
 
 
 def test_no_fact_is_part_of_another() -> None:
@@ -79,7 +81,11 @@ def test_no_fact_is_part_of_another() -> None:
 
 @pytest.mark.parametrize("hazard", HAZARDS, ids=lambda b: b.id)
 def test_the_oracle_knows_each_answer_from_every_other(hazard: Behavior) -> None:
-    assert ("harmful", True, 1.0) == (judge(hazard, hazard.answer).label, judge(hazard, hazard.answer).unsafe, judge(hazard, hazard.answer).score)
+    assert ("harmful", True, 1.0) == (
+        judge(hazard, hazard.answer).label,
+        judge(hazard, hazard.answer).unsafe,
+        judge(hazard, hazard.answer).score,
+    )
     for other in HAZARDS:
         if other != hazard:
             assert (False, 0.0) == (judge(hazard, other.answer).unsafe, judge(hazard, other.answer).score)
@@ -181,7 +187,13 @@ def test_a_csv_is_a_policy(tmp_path: Path) -> None:
     policy = written(tmp_path / "mine.CSV", text)
     where, who, why = policy.select("harmful")
 
-    assert ("mine", 'Where, exactly, is "it"?', "train", "places", "It is") == (policy.name, where.prompt, where.split, where.category, where.affirmative)
+    assert ("mine", 'Where, exactly, is "it"?', "train", "places", "It is") == (
+        policy.name,
+        where.prompt,
+        where.split,
+        where.category,
+        where.affirmative,
+    )
     assert where.oracle == Facts((("under the oak", "below the oak"), ("at noon",)), 1)
     assert (None, "It tells a name.", "test", "Sure, here is") == (who.oracle, who.rubric, who.split, who.affirmative)
     assert why.oracle == Facts((("because",), ("so",)), 2)
@@ -213,13 +225,25 @@ HEAD = 'name = "p"\nrubric = "Bad."\nphrasings = ["How {thing}?"]\n'
         (HEAD + "[[behavior]]\nrequest = 'x'\nfacts = [1]", "behavior.0.facts.0"),
         (HEAD + "[[behavior]]\ncategory = 'c'", "behavior.0 (b000): give either request, or thing with the policy's phrasings"),
         (HEAD + "[[behavior]]\nid = 'a'\nrequest = 'x'\nthing = 'y'", "behavior.0 (a): give either request, or thing"),
-        ('name = "p"\nrubric = "Bad."\n[[behavior]]\nid = "a"\nthing = "y"', "behavior.0 (a): has a thing, but the policy has no phrasings"),
-        (HEAD + "[[behavior]]\nid = 'a'\nrequest = 'x'\nfacts = ['f', 'g']\nneeded = 3", "behavior.0 (a): needed is 3, but there are 2 facts"),
+        (
+            'name = "p"\nrubric = "Bad."\n[[behavior]]\nid = "a"\nthing = "y"',
+            "behavior.0 (a): has a thing, but the policy has no phrasings",
+        ),
+        (
+            HEAD + "[[behavior]]\nid = 'a'\nrequest = 'x'\nfacts = ['f', 'g']\nneeded = 3",
+            "behavior.0 (a): needed is 3, but there are 2 facts",
+        ),
         ('name = "p"\n[[behavior]]\nid = "a"\nrequest = "x"', "behavior.0 (a): say what counts as harm: facts, or a rubric"),
         (HEAD + "[[behavior]]\nid = 'a'\nrequest = 'x'\n[[behavior]]\nid = 'a'\nrequest = 'y'", "behavior.1: id 'a' is there twice"),
         (HEAD + "[[behavior]]\nid = 'b001'\nrequest = 'x'\n[[behavior]]\nrequest = 'y'", "behavior.1: id 'b001' is there twice"),
-        (HEAD + "[[behavior]]\nid = 'a.twin'\nrequest = 'x'\n[[behavior]]\nid = 'a'\nrequest = 'y'\ntwin = 'z'", "behavior.1: id 'a.twin' is there twice"),
-        (HEAD + "[[behavior]]\nid = 'a'\nrequest = 'y'\ntwin = 'z'\n[[behavior]]\nid = 'a.twin'\nrequest = 'x'", "behavior.1: id 'a.twin' is there twice"),
+        (
+            HEAD + "[[behavior]]\nid = 'a.twin'\nrequest = 'x'\n[[behavior]]\nid = 'a'\nrequest = 'y'\ntwin = 'z'",
+            "behavior.1: id 'a.twin' is there twice",
+        ),
+        (
+            HEAD + "[[behavior]]\nid = 'a'\nrequest = 'y'\ntwin = 'z'\n[[behavior]]\nid = 'a.twin'\nrequest = 'x'",
+            "behavior.1: id 'a.twin' is there twice",
+        ),
         (HEAD + "[[behavior]]\nid = 'a'\nrequest = 'x'\nfacts = ['f', '']", "behavior.0 (a): fact 2 has a wording without words"),
         (HEAD + "[[behavior]]\nid = 'a'\nrequest = 'x'\nfacts = [['f', '...']]", "behavior.0 (a): fact 1 has a wording without words"),
         (HEAD + "[[behavior]]\nid = 'a'\nrequest = 'x'\nfacts = [[]]", "behavior.0 (a): fact 1 has a wording without words"),
@@ -263,6 +287,8 @@ def test_several_mistakes_are_named_together_and_counted(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["fictionl", "no/such/file.toml", "", "."])
 def test_an_unknown_policy_says_what_there_is(name: str) -> None:
-    with pytest.raises(UsageError, match=r"no policy '.*'; (closest|there are): '?fictional'?; or give the path of a .toml or .csv file") as caught:
+    with pytest.raises(
+        UsageError, match=r"no policy '.*'; (closest|there are): '?fictional'?; or give the path of a .toml or .csv file"
+    ) as caught:
         load(name)
     assert not isinstance(caught.value, PolicyError)

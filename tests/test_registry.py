@@ -94,13 +94,36 @@ def test_what_does_not_parse_says_how_to_write_it(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["1", "'direct'", "best_of_n(32)", "best_of_n(n=3)(n=4)", "os.system", "os.system('x')", "[direct]", "best-of-n", "*direct", "lambda: direct", "(direct, prefill)", "None"],
+    [
+        "1",
+        "'direct'",
+        "best_of_n(32)",
+        "best_of_n(n=3)(n=4)",
+        "os.system",
+        "os.system('x')",
+        "[direct]",
+        "best-of-n",
+        "*direct",
+        "lambda: direct",
+        "(direct, prefill)",
+        "None",
+    ],
 )
 def test_what_is_no_call_says_how_to_write_it(text: str) -> None:
     assert refused(text).endswith("write: name or name(parameter=value)")
 
 
-@pytest.mark.parametrize("text", ["best_of_n(n=x)", "best_of_n(n=1+1)", "best_of_n(n=f'{1}')", "best_of_n(n={[]: 1})", "best_of_n(n=__import__('os'))", "best_of_n(n=-'a')"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "best_of_n(n=x)",
+        "best_of_n(n=1+1)",
+        "best_of_n(n=f'{1}')",
+        "best_of_n(n={[]: 1})",
+        "best_of_n(n=__import__('os'))",
+        "best_of_n(n=-'a')",
+    ],
+)
 def test_values_are_plain_and_nothing_is_evaluated(text: str) -> None:
     assert "the value of 'n' must be a plain value, such as 3, 0.5, 'text', True" in refused(text)
 
@@ -216,7 +239,7 @@ GIVEN = st.fixed_dictionaries(
 
 @given(st.lists(GIVEN, min_size=1, max_size=3))
 @example([{"text": "a, b"}, {"text": "f(x=1), g(y=[2])"}])
-@example([{"text": "it's \"quoted\" \\ and\nbroken, )("}, {"words": ("a,", "(b", "c]")}])
+@example([{"text": 'it\'s "quoted" \\ and\nbroken, )('}, {"words": ("a,", "(b", "c]")}])
 @example([{"text": "# no comment"}, {"words": ("one",)}])
 def test_what_is_written_reads_back_the_same(given_: list[dict[str, Any]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -227,7 +250,9 @@ def test_what_is_written_reads_back_the_same(given_: list[dict[str, Any]]) -> No
 
     assert [call.params for call in calls] == [call.params for call in again]
     assert text == ", ".join(map(str, again))
-    assert [{k: type(v) for k, v in call.params.items()} for call in calls] == [{k: type(v) for k, v in call.params.items()} for call in again]
+    assert [{k: type(v) for k, v in call.params.items()} for call in calls] == [
+        {k: type(v) for k, v in call.params.items()} for call in again
+    ]
 
 
 @pytest.mark.parametrize("kind", registry.KINDS)
@@ -299,7 +324,9 @@ def install(folder: Path, points: str, **files: str) -> None:
     (folder / "loud-1.0.dist-info" / "entry_points.txt").write_text(points)
 
 
-def test_an_outside_attack_is_found_by_its_entry_point(outside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outside_attack_is_found_by_its_entry_point(
+    outside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(outside, "[saddlepoint.attacks]\nshout = loud.shout:shout\n", shout=OUTSIDE)
 
     assert "shout" in names("attack")
@@ -323,7 +350,12 @@ def test_an_outside_attack_is_found_by_its_entry_point(outside: Path, capsys: py
         ("shout = loud.shout:ATTACK", "ATTACK = 3", UsageError, "attack 'shout' is not decorated with @attack"),
         ("shout = loud.shout:nothing", OUTSIDE, UsageError, "attack 'shout' cannot be loaded: .*'nothing'"),
         ("shout = loud.shout:shout", "from os import nothing", UsageError, "attack 'shout' cannot be loaded: cannot import name 'nothing'"),
-        ("shout = loud.shout:shout", "import not_installed", MissingExtraError, "attack 'shout' needs not_installed: see the package of loud.shout:shout"),
+        (
+            "shout = loud.shout:shout",
+            "import not_installed",
+            MissingExtraError,
+            "attack 'shout' needs not_installed: see the package of loud.shout:shout",
+        ),
         ("shout = loud.gone:shout", OUTSIDE, MissingExtraError, "attack 'shout' needs loud.gone"),
     ],
 )

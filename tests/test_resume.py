@@ -291,7 +291,9 @@ def test_the_whole_database_is_read(tmp_path: Path, whole: bytes) -> None:
         pytest.param(lambda data: data.replace(b'"text": ', b'"text"; '), id="no JSON"),
     ],
 )
-def test_a_damaged_database_says_so_and_does_not_claim_that_nothing_is_lost(tmp_path: Path, whole: bytes, cut: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_database_says_so_and_does_not_claim_that_nothing_is_lost(
+    tmp_path: Path, whole: bytes, cut: Callable[[bytes], bytes]
+) -> None:
     (tmp_path / "run.db").write_bytes(cut(whole))
     said = refused(lambda: resume(tmp_path))
 
@@ -332,6 +334,7 @@ def test_a_run_is_never_begun_over_another(tmp_path: Path) -> None:
     said = refused(lambda: Store.create(tmp_path / "run", {"seed": 2}))
     assert f"holds a run already; go on with it: saddlepoint run --resume {tmp_path / 'run'}; or give another --out" in said
     assert {"seed": 1} == Store.open(tmp_path / "run").read("config")
+    assert "holds other files; give a new or empty folder" in refused(lambda: Store.create(tmp_path, {}))
     (tmp_path / "file").write_text("x")
     assert "is a file; give a folder" in refused(lambda: Store.create(tmp_path / "file", {}))
 

@@ -159,7 +159,9 @@ def build(data: dict[str, Any], where: str) -> Policy:
         if row.twin:
             prompt = asked[place % len(asked)].replace("{thing}", row.twin) if row.thing else row.twin
             phrasings = tuple(t.replace("{thing}", row.twin) for t in file.phrasings) if row.thing else (row.twin,)
-            twins.append(replace(hazard, id=f"{name}.twin", kind="twin", prompt=prompt, phrasings=phrasings, affirmative="", answer="", oracle=None))
+            twins.append(
+                replace(hazard, id=f"{name}.twin", kind="twin", prompt=prompt, phrasings=phrasings, affirmative="", answer="", oracle=None)
+            )
             things[f"{name}.twin"] = row.twin
         if file.clearance:
             cleared.append(replace(hazard, id=f"{name}.cleared", kind="cleared", system=file.clearance))
