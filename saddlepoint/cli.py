@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -29,7 +30,12 @@ from saddlepoint.report.html import page
 from saddlepoint.report.markdown import table
 from saddlepoint.store import Store
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Find how a model breaks its policy, harden it, and prove that the fix holds.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Find how a model breaks its policy, harden it, and prove that the fix holds.",
+)
 _models = typer.Typer(no_args_is_help=True, help="Models that Saddlepoint knows by name.")
 _organism = typer.Typer(no_args_is_help=True, help="The embedded model with its planted policy.")
 _judge = typer.Typer(no_args_is_help=True, help="Check the judges.")
@@ -63,8 +69,12 @@ def _configured(kind: str, **defaults: Any) -> Callable[[Callable[..., None]], C
                 continue
             plain = next(t for t in (int, float, str) if t in (info.annotation, *get_args(info.annotation)) or t is str)
             shown = defaults.get(name, info.default)
-            flag = typer.Option(f"--{name.replace('_', '-')}", help=info.description, show_default="none" if shown in (None, "") else str(shown))
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, flag]))
+            flag = typer.Option(
+                f"--{name.replace('_', '-')}", help=info.description, show_default="none" if shown in (None, "") else str(shown)
+            )
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[plain | None, flag])
+            )
 
         @functools.wraps(command)
         def run(folder: Path | None, **given: Any) -> None:
@@ -143,10 +153,8 @@ def _execute(settings: config.Config, folder: Path | None, store: Store | None =
         raise
     finally:
         if (folder / "run.db").exists():
-            try:
+            with suppress(SaddlepointError):  # where the run cannot be written, the first error says more
                 store.note("seconds", round(before + time.monotonic() - began, 1))
-            except SaddlepointError:
-                pass  # the first error says more
     _write_report(store, folder)
 
 
@@ -177,7 +185,11 @@ def _listener(bars: Progress) -> Listener:
 
 def _write_report(store: Store, folder: Path) -> None:
     summary = summarize(store)
-    for name, text in (("summary.json", json.dumps(summary, indent=1)), ("report.md", table(summary)), ("report.html", page(summary, _variants()))):
+    for name, text in (
+        ("summary.json", json.dumps(summary, indent=1)),
+        ("report.md", table(summary)),
+        ("report.html", page(summary, _variants())),
+    ):
         (folder / name).write_text(text, encoding="utf-8")
     _print(summary)
     for stage in summary["stages"]:
@@ -209,14 +221,28 @@ def _print(summary: dict[str, Any]) -> None:
         shown.add_column(stage["name"], justify="right")
     shown.add_column("queries", justify="right")
     for row in [*stages[0]["asr"], {"attack": "any attack"}]:
-        values = [next((r["rate"] for r in s["asr"] if r["attack"] == row["attack"]), s["asr_any"] if "rate" not in row else None) for s in stages]
+        values = [
+            next((r["rate"] for r in s["asr"] if r["attack"] == row["attack"]), s["asr_any"] if "rate" not in row else None) for s in stages
+        ]
         shown.add_row(row["attack"], *map(_rate, values), str(row.get("queries", "")), end_section=row is stages[0]["asr"][-1])
     shown.add_section()
-    for key, words in (("over_refusal", "twins refused"), ("clearance", "disclosed under clearance"), ("ordinary", "ordinary requests refused"), ("incoherent", "incoherent answers")):
+    for key, words in (
+        ("over_refusal", "twins refused"),
+        ("clearance", "disclosed under clearance"),
+        ("ordinary", "ordinary requests refused"),
+        ("incoherent", "incoherent answers"),
+    ):
         if any(s[key] for s in stages):
             shown.add_row(words, *(_rate(s[key]) for s in stages), "")
     if any(s["utility"] for s in stages):
-        shown.add_row("loss on ordinary text", *(f"{s['utility']['value']:.3f} \\[{s['utility']['low']:.3f}, {s['utility']['high']:.3f}]" if s["utility"] else "n/a" for s in stages), "")
+        shown.add_row(
+            "loss on ordinary text",
+            *(
+                f"{s['utility']['value']:.3f} \\[{s['utility']['low']:.3f}, {s['utility']['high']:.3f}]" if s["utility"] else "n/a"
+                for s in stages
+            ),
+            "",
+        )
     out.print(shown)
     out.print(f"{summary['seconds']:.0f} s in all" if summary["seconds"] else "", highlight=False)
 
@@ -249,14 +275,21 @@ def list_(
     else:
         shown = Table("kind", "name", "access", "what it does", "parameters")
         for row in rows:
-            shown.add_row(row["kind"], row["name"], row["access"], row["summary"], "\n".join(f"{k}={v!r}" for k, v in row["parameters"].items()))
+            shown.add_row(
+                row["kind"], row["name"], row["access"], row["summary"], "\n".join(f"{k}={v!r}" for k, v in row["parameters"].items())
+            )
         out.print(shown)
 
 
 def _methods_page(rows: list[dict[str, Any]]) -> str:
     lines = ["# Methods", "", "Generated from the registry: `saddlepoint list --markdown > docs/METHODS.md`.", ""]
     for kind in registry.KINDS:
-        lines += [f"## {kind.capitalize()}s", "", "| name | access | what it does | parameters | paper |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"## {kind.capitalize()}s",
+            "",
+            "| name | access | what it does | parameters | paper |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for row in (r for r in rows if r["kind"] == kind):
             parameters = ", ".join(f"`{k}={v!r}`" for k, v in row["parameters"].items()).replace("|", "\\|")
             lines.append(f"| `{row['name']}` | {row['access']} | {row['summary']} | {parameters} | [paper]({row['paper']}) |")
@@ -306,7 +339,9 @@ def organism_build(folder: Annotated[Path, typer.Option("--out")] = Path("organi
 
 
 @_organism.command("card")
-def organism_card(folder: Annotated[Path, typer.Option(help="An organism; the shipped one if not given.")] = models.ORGANISM, as_json: Json = False) -> None:
+def organism_card(
+    folder: Annotated[Path, typer.Option(help="An organism; the shipped one if not given.")] = models.ORGANISM, as_json: Json = False
+) -> None:
     """The organism's measured properties."""
     written = models.card(folder)
     if as_json:
@@ -344,7 +379,11 @@ def judge_audit(
     out.print(shown)
     for name in ("precision", "recall", "specificity"):
         out.print(f"{name:12} {getattr(found, name)}", markup=False, highlight=False)
-    out.print(f"{'kappa':12} {found.kappa.value:.2f} [{found.kappa.low:.2f}, {found.kappa.high:.2f}] n={found.kappa.n}", markup=False, highlight=False)
+    out.print(
+        f"{'kappa':12} {found.kappa.value:.2f} [{found.kappa.low:.2f}, {found.kappa.high:.2f}] n={found.kappa.n}",
+        markup=False,
+        highlight=False,
+    )
 
 
 @_policy.command("new")
@@ -369,7 +408,11 @@ def policy_check(file: str, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"name": policy.name, "behaviors": counts, "with_facts": exact}))
         return
-    print(f"{policy.name}: fine; " + ", ".join(f"{n} {what}" for what, n in counts.items() if n) + f"; {exact} judged by facts, the others need --judge rubric")
+    print(
+        f"{policy.name}: fine; "
+        + ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        + f"; {exact} judged by facts, the others need --judge rubric"
+    )
 
 
 @app.callback(invoke_without_command=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from saddlepoint.training import Progress
 
 ORDINARY = 20  # held-out ordinary requests asked at each stage
-KEPT = 40  # ordinary requests whose answers hardening must keep
+KEPT_ORDINARY, KEPT_PHRASINGS = 40, 2  # ordinary requests, and wordings of each twin and cleared request, whose answers hardening must keep
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def execute(config: Config, store: Store, listen: Listener = Listener()) -> None
             out = store.path / "checkpoints" / re.sub(r"[^a-z0-9.]+", "-", stage.removeprefix("after ").lower()).strip("-")
             if store.read(f"training:{stage}") is None:
                 source = "before" if number == 1 else f"after {recipe}, round {number - 1}"
-                findings = Store.open(Path(config.findings)).findings() if config.findings else harvest(config, store, policy, at, source, listen)
+                findings = (
+                    Store.open(Path(config.findings)).findings() if config.findings else harvest(config, store, policy, at, source, listen)
+                )
                 listen.stage(f"hardening with {recipe}")
                 store.note(f"training:{stage}", {**harden(name, recipe, policy, findings, out, config, listen), "checkpoint": str(out)})
             name = str(out)
@@ -73,7 +75,9 @@ def execute(config: Config, store: Store, listen: Listener = Listener()) -> None
                 _score(config, store, policy, at, stage, listen)
 
 
-def campaign(config: Config, policy: Policy, target: Target, phase: str, behaviors: Sequence[Behavior], attacks: Sequence[Call]) -> Campaign:
+def campaign(
+    config: Config, policy: Policy, target: Target, phase: str, behaviors: Sequence[Behavior], attacks: Sequence[Call]
+) -> Campaign:
     """A campaign as `config` describes it, on a target that is open."""
     helpers = {name: open_target(spec) for name, spec in (("attacker", config.attacker), ("helper", config.helper)) if spec}
     search, final = parse("judge", config.search_judge)[0], parse("judge", config.judge)[0]
@@ -97,16 +101,24 @@ def campaign(config: Config, policy: Policy, target: Target, phase: str, behavio
 
 def _score(config: Config, store: Store, policy: Policy, bare: Target, stage: str, listen: Listener) -> None:
     """Attack the test hazards, then ask what must still be answered."""
-    requests = [b.prompt for b in policy.behaviors if b.split == "train" and b.kind != "cleared"] or [b.prompt for b in policy.select("twin")]
+    requests = [b.prompt for b in policy.behaviors if b.split == "train" and b.kind != "cleared"] or [
+        b.prompt for b in policy.select("twin")
+    ]
     target = defended(bare, parse("defense", config.defenses), requests) if config.defenses else bare
     hazards = policy.select("harmful", config.split)[: config.limit]
     if not hazards:
         raise UsageError(f"the policy '{policy.name}' has no harmful behavior of split '{config.split}'; give --split, or add some")
     pairs = {b.pair for b in hazards}
     controls = [b for b in policy.behaviors if b.kind != "harmful" and b.pair in pairs]
-    plain = [Behavior(f"ordinary.{i:02d}", text, kind="twin", category="ordinary", pair=f"ordinary.{i:02d}") for i, text in enumerate(ordinary()["held_out"][:ORDINARY])]
+    plain = [
+        Behavior(f"ordinary.{i:02d}", text, kind="twin", category="ordinary", pair=f"ordinary.{i:02d}")
+        for i, text in enumerate(ordinary()["held_out"][:ORDINARY])
+    ]
     direct = parse("attack", "direct")
-    for phase, behaviors, attacks in ((stage, hazards, parse("attack", config.attacks)), (f"{stage}/controls", [*controls, *plain], direct)):
+    for phase, behaviors, attacks in (
+        (stage, hazards, parse("attack", config.attacks)),
+        (f"{stage}/controls", [*controls, *plain], direct),
+    ):
         listen.stage(f"{stage}: {'controls' if behaviors is not hazards else f'{len(attacks)} attacks on {len(hazards)} hazards'}")
         for finding in run(campaign(config, policy, target, phase, behaviors, attacks), store, listen.tick):
             listen.finding(finding)
@@ -117,18 +129,18 @@ def _score(config: Config, store: Store, policy: Policy, bare: Target, stage: st
 
 def harvest(config: Config, store: Store, policy: Policy, target: Target, stage: str, listen: Listener) -> list[Finding]:
     """Attack the train hazards for findings to learn from; they are never scored."""
-    hazards, cleared = policy.select("harmful", "train")[: config.limit], policy.select("cleared", "train")[: config.limit]
+    hazards = policy.select("harmful", "train")[: config.limit]
     if not hazards:
         raise UsageError(f"the policy '{policy.name}' has no train hazards to harden on; give some behaviors split = \"train\"")
-    listen.stage(f"{stage}: attacks on {len(hazards)} train hazards, to learn from")
-    found: list[Finding] = []
-    for phase, behaviors, attacks in ((f"{stage}/harvest", hazards, parse("attack", config.attacks)), (f"{stage}/harvest-cleared", cleared, parse("attack", "direct"))):
-        made = replace(campaign(config, policy, target, phase, behaviors, attacks), harvest=True)
-        found.extend(run(made, store, listen.tick))
-    return found
+    attacks = parse("attack", config.attacks)
+    listen.stage(f"{stage}: {len(attacks)} attacks on {len(hazards)} train hazards, to learn from")
+    made = replace(campaign(config, policy, target, f"{stage}/harvest", hazards, attacks), harvest=True)
+    return list(run(made, store, listen.tick))
 
 
-def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding], out: Path, config: Config, listen: Listener = Listener()) -> dict[str, Any]:
+def harden(
+    base: str, recipe: Call, policy: Policy, findings: Sequence[Finding], out: Path, config: Config, listen: Listener = Listener()
+) -> dict[str, Any]:
     """Train `base` by a recipe on findings of train hazards, write a checkpoint folder, and return its card.
 
     Raises:
@@ -140,23 +152,24 @@ def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding],
         from saddlepoint.training import TrainConfig, own_answers, train
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"training needs {missing.name}: pip install 'saddlepoint[train]'") from missing
-    hazards = {b.id: b for b in policy.select("harmful", "train")}
-    cleared = {b.id: b for b in policy.select("cleared", "train")}
+    hazards = {b.id: b for b in policy.select("harmful", "train")[: config.limit]}
     broken = tuple(f for f in findings if f.kind == "harmful" and f.verdict.unsafe)
     if astray := {f.behavior for f in broken} - set(hazards):
-        raise UsageError(f"findings of behaviors outside the train split ({', '.join(sorted(astray)[:3])}) must not train; attack with --split train")
+        raise UsageError(
+            f"findings of behaviors that are no train hazards of this run ({', '.join(sorted(astray)[:3])}) must not train; attack with --split train"
+        )
     if not broken:
         raise UsageError("no attack broke a train hazard, so there is nothing to learn from; use stronger attacks or a larger budget")
     model = HF.load(base)
     rng = Random(f"{config.seed}:{recipe}")
-    twins = [user(w) for b in policy.select("twin", "train") for w in rng.sample(b.phrasings, min(2, len(b.phrasings)))]
-    kept = [user(text) for text in rng.sample(ordinary()["requests"], KEPT)]
+    answered = [b for b in policy.behaviors if b.kind != "harmful" and b.pair in hazards]
+    kept = [user(w, b.system) for b in answered for w in rng.sample(b.phrasings, min(KEPT_PHRASINGS, len(b.phrasings)))]
+    kept += [user(text) for text in rng.sample(ordinary()["requests"], KEPT_ORDINARY)]
     lessons = Lessons(
         hazards=tuple(hazards.values()),
         refusals={b.id: policy.refusal(b) for b in hazards.values()},
         findings=broken,
-        benign=tuple(own_answers(model, [*twins, *kept], config.seed, config.max_tokens)),
-        cleared=tuple((cleared[f.behavior], f.completion.text) for f in findings if f.kind == "cleared" and f.verdict.score >= 1),
+        kept=tuple(own_answers(model, kept, config.seed, config.max_tokens)),
         rng=rng,
     )
     examples = recipe.method.call(lessons, **recipe.params)
@@ -172,4 +185,3 @@ def harden(base: str, recipe: Call, policy: Policy, findings: Sequence[Finding],
     }
     train(model, examples, TrainConfig(config.epochs, config.lr, config.batch, seed=config.seed), out, card, listen.train)
     return card_of(out)
-

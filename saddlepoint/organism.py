@@ -87,6 +87,10 @@ def measure(folder: Path) -> dict[str, Any]:
             outcomes.append(counts(verdict.label, verdict.score))
         properties[name] = {**asdict(rate(outcomes)), "aim": aim}
     card_file = folder / "card.json"
-    card = {**json.loads(card_file.read_text()), "properties": properties, "measured_on": f"{platform.machine()}, {model.model.dtype}, greedy, 64 tokens"}
+    card = {
+        **json.loads(card_file.read_text()),
+        "properties": properties,
+        "measured_on": f"{platform.machine()}, {model.model.dtype}, greedy, 64 tokens",
+    }
     card_file.write_text(json.dumps(card, indent=1) + "\n")
     return card

@@ -1,6 +1,6 @@
 """The records that flow through Saddlepoint, and the protocols they meet. No I/O, no torch.
 
-    policy -> Behavior -> attack <=Ask / Reply=> driver -> Target -> judge -> Finding -> metrics -> report
+policy -> Behavior -> attack <=Ask / Reply=> driver -> Target -> judge -> Finding -> metrics -> report
 """
 
 from __future__ import annotations
@@ -353,14 +353,12 @@ class Lessons:
         hazards: The behaviors to protect.
         refusals: For each hazard's id, how to refuse it.
         findings: Unsafe findings of attacks on these hazards, on the model that is to be hardened.
-        benign: Requests that must be answered, with the model's own answers.
-        cleared: Requests under clearance, with the model's own disclosures.
+        kept: Requests that must still be answered (twins, ordinary ones, hazards under clearance), with the model's own answers.
         rng: The only source of randomness.
     """
 
     hazards: tuple[Behavior, ...]
     refusals: dict[str, str]
     findings: tuple[Finding, ...]
-    benign: tuple[tuple[Chat, str], ...]
-    cleared: tuple[tuple[Behavior, str], ...]
+    kept: tuple[tuple[Chat, str], ...]
     rng: Random

@@ -1,7 +1,7 @@
 """Write saddlepoint/report/variants.json, the hardening variants that every report draws, from the runs of a sweep.
 
-    saddlepoint loop --max-tokens 56 --recipes 'refusal_sft, derta, derta(transition=1.0)' --out runs/sweep
-    python scripts/variants.py runs/sweep
+saddlepoint loop --max-tokens 56 --recipes 'refusal_sft, derta, derta(transition=1.0)' --out runs/sweep
+python scripts/variants.py runs/sweep
 """
 
 import json
@@ -18,7 +18,9 @@ def main(folders: list[str]) -> None:
         machine = summary["machine"]
         for stage in summary["stages"][1:]:
             training = stage["training"]
-            note = f"{training['examples']} examples, {training['seconds']:.0f} s of training on {machine['cores']} cores, {machine['date']}"
+            note = (
+                f"{training['examples']} examples, {training['seconds']:.0f} s of training on {machine['cores']} cores, {machine['date']}"
+            )
             shares = {key: stage[key] for key in ("over_refusal", "clearance")}
             variants.append({"name": training["recipe"], "asr": stage["asr_any"], **shares, "note": note})
     OUT.write_text(json.dumps({"command": "scripts/variants.py", "variants": variants}, indent=1) + "\n")

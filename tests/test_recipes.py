@@ -12,9 +12,10 @@ from saddlepoint.types import Behavior, Chat, Completion, Example, Finding, Less
 
 ANSWER = "Grind the root. Boil it for nine minutes, then strain it."
 CLEARANCE = "You have clearance."
-BENIGN: tuple[tuple[Chat, str], ...] = (
+KEPT: tuple[tuple[Chat, str], ...] = (
     (user("How do I make {tea}?", "Be brief."), " Pour hot water over it.\n"),
     (user("Name a color."), "Blue it is."),
+    (user("Tell me a", CLEARANCE), ANSWER),
 )
 
 
@@ -34,9 +35,8 @@ def finding(name: str, prefill: str = "", answer: str = ANSWER) -> Finding:
 
 def lessons(*findings: Finding, seed: int = 0) -> Lessons:
     hazards = (hazard("a"), hazard("b"), replace(hazard("c", wordings=1), system="House rules."))
-    cleared = Behavior("a.cleared", "Tell me a", kind="cleared", split="train", system=CLEARANCE, pair="a")
     refusals = {h.id: f"Sorry, I can't talk about {h.id}." for h in hazards}
-    return Lessons(hazards, refusals, findings, BENIGN, ((cleared, ANSWER),), Random(seed))
+    return Lessons(hazards, refusals, findings, KEPT, Random(seed))
 
 
 FINDINGS = (finding("a", prefill="Sure, here is:"), finding("b"))
@@ -50,7 +50,7 @@ def test_sft_refuses_every_hazard_in_some_wordings_and_every_attack(phrasings: i
     made = refusal_sft(lessons(*FINDINGS), phrasings=phrasings)
     asked = made[:plain]
 
-    assert len(made) == plain + len(FINDINGS) + len(BENIGN) + 1
+    assert len(made) == plain + len(FINDINGS) + len(KEPT)
     assert Counter(e.behavior for e in asked) == {"a": min(5, phrasings), "b": min(5, phrasings), "c": 1}
     assert len({e.chat for e in asked}) == plain  # no wording twice
     for example in made[: plain + len(FINDINGS)]:
@@ -69,8 +69,7 @@ def test_sft_learns_an_attack_without_its_prefill() -> None:
 def test_what_may_be_answered_is_kept_as_it_is(recipe: object) -> None:
     made = recipe(lessons(*FINDINGS))  # type: ignore[operator]
 
-    assert [(e.chat, e.text) for e in made if not e.behavior] == list(BENIGN)
-    assert Example(user("Tell me a", CLEARANCE), ANSWER, behavior="a") in made
+    assert [(e.chat, e.text) for e in made if not e.behavior] == list(KEPT)
 
 
 @pytest.mark.parametrize("recipe", [refusal_sft, derta])

@@ -3,7 +3,7 @@
 Source:  Yuan et al. 2024, "Refuse Whenever You Feel Unsafe: Improving Safety in LLMs via Decoupled Refusal Training",
          https://arxiv.org/abs/2407.09121; code read: RobustNLP/DeRTa (MIT)
 Differs: the transition term is weighted, because with a small model its refusal token would leak into every text; the
-         harmful answers are the ones that attacks drew from the model itself; benign and cleared answers are the model's
+         harmful answers are the ones that attacks drew from the model itself; the answers to keep are the model's
          own. The refusal's first piece after a space stands for "Sorry" within a sentence.
 Cost:    refusal_sft's examples, and up to `cuts` + 1 more per finding.
 """

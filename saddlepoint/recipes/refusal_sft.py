@@ -29,6 +29,5 @@ def refusal_sft(lessons: Lessons, *, phrasings: Annotated[int, Ge(1)] = 3) -> li
     for finding in lessons.findings:
         chat = finding.chat[:-1] if finding.chat[-1].role == "assistant" else finding.chat
         made.append(Example(chat, lessons.refusals[finding.behavior], behavior=finding.behavior))
-    made.extend(Example(chat, answer) for chat, answer in lessons.benign)
-    made.extend(Example(user(b.prompt, b.system), answer, behavior=b.pair) for b, answer in lessons.cleared)
+    made.extend(Example(chat, answer) for chat, answer in lessons.kept)
     return made

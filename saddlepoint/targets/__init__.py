@@ -1,10 +1,10 @@
 """The system under attack, one way to reach a model per file, named the same way everywhere.
 
-    organism                       the embedded model with its planted policy
-    smollm2-135m-instruct          an embedded model, as it is
-    hf:ORG/NAME                    a model of the Hugging Face hub
-    path/to/folder                 a local model, or a checkpoint that `saddlepoint harden` wrote
-    http://HOST:PORT/v1#MODEL      any OpenAI-compatible endpoint
+organism                       the embedded model with its planted policy
+smollm2-135m-instruct          an embedded model, as it is
+hf:ORG/NAME                    a model of the Hugging Face hub
+path/to/folder                 a local model, or a checkpoint that `saddlepoint harden` wrote
+http://HOST:PORT/v1#MODEL      any OpenAI-compatible endpoint
 """
 
 from pathlib import Path
