@@ -8,7 +8,7 @@ import pytest
 
 from saddlepoint.recipes.derta import derta, harmful_answer
 from saddlepoint.recipes.refusal_sft import refusal_sft
-from saddlepoint.types import Behavior, Chat, Completion, Example, Finding, Lessons, Verdict, user
+from saddlepoint.types import Behavior, Chat, Completion, Finding, Lessons, Verdict, user
 
 ANSWER = "Grind the root. Boil it for nine minutes, then strain it."
 CLEARANCE = "You have clearance."
