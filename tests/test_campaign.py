@@ -69,9 +69,10 @@ def fails(behavior: Behavior, ctx: Context, *, after: Annotated[int, Ge(0)] = 0)
 
 
 @attack(paper=PAPER, access="black-box")
-def odd(behavior: Behavior, ctx: Context, *, what: str = "[]") -> Steps:
-    """Ask once, then yield what an attack must not yield."""
-    yield [Ask(user(behavior.prompt))]
+def odd(behavior: Behavior, ctx: Context, *, what: str = "[]", first: bool = False) -> Steps:
+    """Ask once, unless `first`; then yield what an attack must not yield."""
+    if not first:
+        yield [Ask(user(behavior.prompt))]
     yield {"[]": [], "ask": Ask(user("x")), "texts": ["x"], "no message": [Ask(())], "half a character": [Ask(user("\ud800"))]}[what]  # type: ignore[misc]
 
 
@@ -435,6 +436,7 @@ def test_an_unsafe_answer_counts_though_another_query_failed(tmp_path: Path) -> 
         (call(fails), 0, "RuntimeError: a mistake in the attack"),
         (call(fails, after=2), 2, "RuntimeError: a mistake in the attack"),
         (call(odd), 1, "must yield a list of asks"),
+        (call(odd, first=True), 0, "must yield a list of asks"),
         (call(odd, what="ask"), 1, "must yield a list of asks"),
         (call(odd, what="texts"), 1, "must yield a list of asks"),
         (call(odd, what="no message"), 1, "none of them without a message"),

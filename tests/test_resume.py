@@ -20,7 +20,7 @@ import pytest
 import resumable
 from endpoint import Answer, Endpoint, says
 from resumable import ATTACKS, BEHAVIORS, key, recorded
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from saddlepoint.campaign import Campaign, run
 from saddlepoint.errors import StoreError, UsageError
@@ -346,6 +346,11 @@ def test_two_may_read_while_one_writes(tmp_path: Path) -> None:
     for n, _ in enumerate(started, 1):
         seen.append(len(Store.open(tmp_path).findings()))
         assert n == seen[-1]
+
+
+def test_each_commit_reaches_the_disk_itself(tmp_path: Path) -> None:
+    with Store.create(tmp_path, {})._engine.connect() as db:  # a kill cannot show this, only a power cut
+        assert ("wal", 2) == (db.execute(text("PRAGMA journal_mode")).scalar_one(), db.execute(text("PRAGMA synchronous")).scalar_one())
 
 
 def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
