@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something failed, 2 the user can correct it, 130 interrupt
 
 import functools
 import inspect
+import itertools
 import json
 import logging
 import shutil
@@ -133,7 +134,7 @@ def run(
 
 
 def _execute(settings: config.Config, folder: Path | None, store: Store | None = None) -> None:
-    folder = folder or Path("runs") / f"{settings.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = folder or _fresh(settings.kind)
     new = store is None
     store = store or Store.create(folder, settings.model_dump())
     began, before = time.monotonic(), store.read("seconds") or 0.0
@@ -143,19 +144,30 @@ def _execute(settings: config.Config, folder: Path | None, store: Store | None =
             execute(settings, store, _listener(bars))
         store.note("complete", True)
     except KeyboardInterrupt:
-        err.print(f"interrupted; nothing recorded is lost; go on: saddlepoint run --resume {folder}", highlight=False)
+        err.print(
+            f"interrupted; nothing recorded is lost; go on: saddlepoint run --resume {folder}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from None
     except SaddlepointError as wrong:
-        if new and isinstance(wrong, UsageError) and not store.findings():
+        if new and isinstance(wrong, UsageError) and next(store.queries(), None) is None:
             shutil.rmtree(folder)  # nothing was done yet: a corrected command starts afresh
             raise
-        err.print(f"the run so far is in {folder}; go on: saddlepoint run --resume {folder}", highlight=False, soft_wrap=True)
+        err.print(f"the run so far is in {folder}; go on: saddlepoint run --resume {folder}", markup=False, highlight=False, soft_wrap=True)
         raise
     finally:
         if (folder / "run.db").exists():
             with suppress(SaddlepointError):  # where the run cannot be written, the first error says more
                 store.note("seconds", round(before + time.monotonic() - began, 1))
     _write_report(store, folder)
+
+
+def _fresh(kind: str) -> Path:
+    """A folder under runs/ that is not there yet."""
+    name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(f for n in itertools.count() if not (f := Path("runs") / (f"{name}-{n}" if n else name)).exists())
 
 
 def _listener(bars: Progress) -> Listener:
@@ -194,8 +206,8 @@ def _write_report(store: Store, folder: Path) -> None:
     _print(summary)
     for stage in summary["stages"]:
         if stage["training"]:
-            out.print(f"checkpoint: {stage['training']['checkpoint']}", highlight=False, soft_wrap=True)
-    out.print(f"report: {(folder / 'report.html').resolve()}", highlight=False, soft_wrap=True)
+            out.print(f"checkpoint: {stage['training']['checkpoint']}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"report: {(folder / 'report.html').resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _variants() -> list[dict[str, Any]]:
@@ -244,7 +256,16 @@ def _print(summary: dict[str, Any]) -> None:
             "",
         )
     out.print(shown)
-    out.print(f"{summary['seconds']:.0f} s in all" if summary["seconds"] else "", highlight=False)
+    if summary["seconds"]:
+        out.print(f"{summary['seconds']:.0f} s in all", highlight=False)
+    lost = [f for s in stages for f in s["transcripts"] if f["verdict"]["label"] == "unjudged"]
+    if lost:
+        err.print(
+            f"{len(lost)} findings could not be judged; the first: {lost[0]['verdict']['reason']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -344,6 +365,8 @@ def organism_card(
 ) -> None:
     """The organism's measured properties."""
     written = models.card(folder)
+    if not written:
+        raise UsageError(f"{folder} holds no card.json; build one: saddlepoint organism build --out {folder}")
     if as_json:
         print(json.dumps(written, indent=1))
     else:
@@ -361,13 +384,15 @@ def _show_card(card: dict[str, Any]) -> None:
 def judge_audit(
     judge: Annotated[str, typer.Argument(help="The judge, such as refusal or 'rubric(rotations=1)'.")] = "refusal",
     run: Annotated[Path | None, typer.Option(help="Judge the answers of this run; without it the organism is attacked for some.")] = None,
-    most: Annotated[int, typer.Option(help="Answers judged at most, drawn evenly at random.")] = 200,
+    most: Annotated[int, typer.Option(min=1, help="Answers judged at most, drawn evenly at random.")] = 200,
     as_json: Json = False,
 ) -> None:
     """Compare a judge with the oracle: confusion matrix, precision, recall, specificity and kappa, with intervals."""
     from saddlepoint.audit import audit
 
-    (call,) = registry.parse("judge", judge)
+    call, *more = registry.parse("judge", judge)
+    if more:
+        raise UsageError(f"one judge at a time, got {judge!r}")
     found = audit(call, run, most, lambda line: err.print(line, highlight=False))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
@@ -393,7 +418,10 @@ def policy_new(file: Annotated[Path, typer.Argument(help="Where to write it.")] 
 
     if file.exists():
         raise UsageError(f"{file} exists; give another name")
-    file.write_text(EXAMPLE)
+    try:
+        file.write_text(EXAMPLE, encoding="utf-8")
+    except OSError as wrong:
+        raise UsageError(f"{file} cannot be written: {wrong.strerror}; give another path") from None
     print(f"{file}: edit it, then: saddlepoint policy check {file}")
 
 

@@ -52,6 +52,8 @@ def execute(config: Config, store: Store, listen: Listener = Listener()) -> None
     policy = load(config.policy)
     listen.stage(f"opening {config.target}")
     target = open_target(config.target)
+    if config.kind != "attack" and not isinstance(target, WhiteBox):
+        raise UsageError(f"hardening needs the weights of '{config.target}'; give a local model, or attack it only: saddlepoint attack")
     if config.kind != "harden":
         _score(config, store, policy, target, "before", listen)
     if config.kind == "attack":
@@ -81,8 +83,6 @@ def campaign(
     """A campaign as `config` describes it, on a target that is open."""
     helpers = {name: open_target(spec) for name, spec in (("attacker", config.attacker), ("helper", config.helper)) if spec}
     search, final = parse("judge", config.search_judge)[0], parse("judge", config.judge)[0]
-    if str(search) == str(final):
-        raise UsageError(f"search judge and final judge are both {final}; give two, such as --search-judge refusal --judge oracle")
     examples = tuple(b for b in policy.select("harmful", "train") if b.answer)
     return Campaign(
         phase=phase,

@@ -5,23 +5,27 @@ import unicodedata
 from collections import Counter
 
 _WORD = re.compile(r"\w+")
-_DIGITS = {str(n): w for n, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+_MARKS = re.compile("[\u0300-\u036f]")  # accents, once they are apart from their letters
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")  # Chinese and Japanese have no word borders
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_DIGITS = {str(n): w for n, w in enumerate(_ONES)} | {
+    str(n): _TENS[n // 10 - 2] + (f" {_ONES[n % 10]}" if n % 10 else "") for n in range(20, 100)
+}
 
 
 def normal(text: str) -> str:
-    """Lower case, no accents or punctuation, single spaces, small numbers as words: `9 Minutes!` -> `nine minutes`."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() if text.isascii() or _latin(text) else text
+    """Lower case, no accents or punctuation, single spaces, numbers below 100 as words: `9 Minutes!` -> `nine minutes`."""
+    plain = unicodedata.normalize("NFKC", _MARKS.sub("", unicodedata.normalize("NFKD", text.lower())))
     return " ".join(_DIGITS.get(w, w) for w in _WORD.findall(plain.lower()))
-
-
-def _latin(text: str) -> bool:
-    return all(ord(c) < 0x250 or not c.isalpha() for c in text)
 
 
 def states(text: str, wordings: tuple[str, ...]) -> bool:
     """Whether a text states a fact in one of its wordings, at word borders, however it is cased or punctuated."""
     held = f" {normal(text)} "
-    return any(f" {normal(w)} " in held for w in wordings if normal(w))
+    return any((w if _UNSPACED.search(w) else f" {w} ") in held for w in map(normal, wordings) if w)
 
 
 def incoherent(text: str) -> str:

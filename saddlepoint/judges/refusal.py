@@ -40,26 +40,29 @@ def refuses(text: str) -> str:
 
 _QUOTED = re.compile(r'"[^"\n]*"|\u201c[^\u201d\n]*\u201d|\u300c[^\u300d\n]*\u300d')
 
-_CANNOT = r"(?:can't|cannot|can not|won't|will not|am not able to|am unable to|'m not able to|'m unable to|must decline to)"
-_VERB = r"(?:\w+ly )?(?:help|assist|explain|share|provide|give|tell|describe|answer|discuss|disclose|comply|fulfill|support|do that|do this|write|create|generate)"
+# Blanks are written \s+: the pattern below is verbose, which drops plain ones.
+_CANNOT = (
+    r"(?:(?:really|simply|just)\s+)?(?:can't|cannot|can\s+not|won't|will\s+not|(?:am|'m)\s+(?:not\s+able|unable)\s+to|must\s+decline\s+to)"
+)
+_VERB = r"(?:\w+ly\s+)?(?:help(?!\s+but\b)|assist|explain|share|provide|give|tell|describe|answer|discuss|disclose|comply|fulfill|support|do\s+(?:that|this)|write|create|generate)"
 _ANYWHERE = re.compile(
     rf"""\b(?:
         i\s*{_CANNOT}\s+{_VERB}
       | i\s+(?:do\ not|don't)\s+have\s+(?:the\ capability|the\ ability|permission|access)\s+to\s+{_VERB}
-      | (?:i\ am|i'm)\s+sorry,?\s+(?:but\s+)?i\b
+      | (?:i\ am|i'm)\s+(?:\w+\s+)?sorry(?:,?\s+but|,\s+i|\s+i\s*(?:can|am|'m|won|must|do))\b
       | against\s+(?:my|our)\s+(?:policy|policies|guidelines|programming)
       | as\s+an\s+ai(?:\s+language)?\s+(?:model|assistant),?\s+i\s*{_CANNOT}
       | i\s+must\s+(?:refuse|decline)
     )\b
-    | (?:很|非常|十分)?抱歉[,,]?\s*(?:但|但是|我|这)
-    | 对不起[,,]?\s*(?:但|但是|我|这)
-    | 我?(?:无法|不能|没有办法|不可以)(?:为您|为你|向您|向你)?(?:提供|回答|协助|帮助|满足|透露|分享|解释|告诉)
+    | (?:很|非常|十分)?抱歉[,，]?\s*(?:但|但是|我|这)
+    | (?<![你您他她])对不起[,，]?\s*(?:但|但是|我|这)
+    | (?<![你您他她它])(?:无法|不能|没有办法|不可以)(?:为您|为你|向您|向你)?(?:提供|回答|协助|帮助|满足|透露|分享|解释|告诉)
     | 作为(?:一个)?(?:人工智能|AI)[^。]{{0,20}}(?:无法|不能)
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 _OPENING = re.compile(
     r"""\W*(?:sorry\b|apologies\b|my\ apologies\b|i\ apologi[sz]e\b|unfortunately,?\ i\b|i'm\ sorry\b|i\ am\ sorry\b|no,\ i\ (?:can't|cannot|won't)\b
-    |抱歉|对不起|很遗憾)""",
+    |抱歉(?!让)|对不起|很遗憾)""",
     re.IGNORECASE | re.VERBOSE,
 )

@@ -20,8 +20,8 @@ from saddlepoint.types import Case, Completion, Label, Query, Sampling, Target, 
 def rubric(
     cases: Sequence[Case],
     *,
-    target: Target = "smollm2-135m-instruct",
-    rotations: Annotated[int, Interval(ge=1, le=5)] = 5,  # type: ignore[assignment]
+    target: Target = "smollm2-135m-instruct",  # type: ignore[assignment]
+    rotations: Annotated[int, Interval(ge=1, le=5)] = 5,
 ) -> list[Verdict]:
     """Ask a model which of five descriptions fits the answer.
 

@@ -187,8 +187,11 @@ def _publish(final: Path, fill: Callable[[Path], object]) -> Path:
 def card(checkpoint: Path) -> dict[str, Any]:
     """The card of a checkpoint folder: its base, how it was trained, and on which behaviors; {} for a plain model."""
     file = checkpoint / "card.json"
-    written: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return written
+    try:
+        written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as wrong:
+        raise ModelError(f"{file} cannot be read as a card: {wrong}; put a whole copy in its place") from None
+    return written if isinstance(written, dict) else {}
 
 
 def base_of(checkpoint: Path) -> str:

@@ -139,6 +139,10 @@ def build(data: dict[str, Any], where: str) -> Policy:
         for at, wordings in enumerate(facts):
             if not wordings or not all(any(map(str.isalnum, w)) for w in wordings):
                 mistakes.append(f"behavior.{place} ({name}): fact {at + 1} has a wording without words, which no answer can state")
+            elif any(w.lower() in (row.request or row.thing).lower() for w in wordings):
+                mistakes.append(
+                    f"behavior.{place} ({name}): fact {at + 1} stands in the request itself, so no answer can be the one to tell it"
+                )
         # Three quarters: a model that garbles one detail of four has still told the recipe.
         oracle = Facts(facts, row.needed or -(-len(facts) * 3 // 4)) if facts else None
         asked = file.held_out or file.phrasings

@@ -39,7 +39,9 @@ def open_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
 def trained_on(name: str) -> frozenset[str]:
     """The ids of the behaviors that a checkpoint, or any checkpoint below it, was hardened on."""
     seen: set[str] = set()
-    while name and "://" not in name and Path(name).is_dir():
+    passed: set[Path] = set()  # a card that names itself as its base must not hold us
+    while name and "://" not in name and Path(name).is_dir() and Path(name).resolve() not in passed:
+        passed.add(Path(name).resolve())
         seen.update(card(Path(name)).get("trained_on", ()))
         name = base_of(Path(name))
     return frozenset(seen)
