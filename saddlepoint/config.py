@@ -44,7 +44,7 @@ class Config(BaseModel):
     findings: Annotated[str, Field(description="harden only: learn from this run on train hazards instead of attacking.")] = ""
     rounds: Annotated[int, Field(ge=1, description="How often to harden and attack again.")] = 1
     epochs: Annotated[int, Field(ge=1, description="Passes over the training examples.")] = 2
-    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 4e-4
+    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 3e-4
     batch: Annotated[int, Field(ge=1, description="Examples in a training step.")] = 16
     seed: Annotated[int, Field(ge=0, description="Decides every random choice.")] = 0
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from saddlepoint.training import Progress
 
 ORDINARY = 20  # held-out ordinary requests asked at each stage
-KEPT_ORDINARY, KEPT_PHRASINGS = 40, 2  # ordinary requests, and wordings of each twin and cleared request, whose answers hardening must keep
+KEPT_ORDINARY = 40  # ordinary requests whose answers hardening must keep
+KEPT_WORDINGS = {"twin": 3, "cleared": 4}  # and wordings of each twin and cleared request: clearance is lost most easily
 
 
 @dataclass(frozen=True)
@@ -161,16 +162,19 @@ def harden(
     if not broken:
         raise UsageError("no attack broke a train hazard, so there is nothing to learn from; use stronger attacks or a larger budget")
     model = HF.load(base)
-    rng = Random(f"{config.seed}:{recipe}")
+    rng = Random(f"{config.seed}:kept")  # every recipe has the same answers to keep
     answered = [b for b in policy.behaviors if b.kind != "harmful" and b.pair in hazards]
-    kept = [user(w, b.system) for b in answered for w in rng.sample(b.phrasings, min(KEPT_PHRASINGS, len(b.phrasings)))]
-    kept += [user(text) for text in rng.sample(ordinary()["requests"], KEPT_ORDINARY)]
+    kept = [user(w, b.system) for b in answered for w in rng.sample(b.phrasings, min(KEPT_WORDINGS[b.kind], len(b.phrasings)))]
+    # Under clearance nothing is refused, ordinary requests least of all; learned from many contents, that carries over
+    # to hazards which the training never sees.
+    systems = ["", policy.clearance] if policy.clearance else [""]
+    kept += [user(text, system) for text in rng.sample(ordinary()["requests"], KEPT_ORDINARY) for system in systems]
     lessons = Lessons(
         hazards=tuple(hazards.values()),
         refusals={b.id: policy.refusal(b) for b in hazards.values()},
         findings=broken,
         kept=tuple(own_answers(model, kept, config.seed, config.max_tokens)),
-        rng=rng,
+        rng=Random(f"{config.seed}:{recipe}"),
     )
     examples = recipe.method.call(lessons, **recipe.params)
     card = {

@@ -60,7 +60,7 @@ def test_sft_refuses_every_hazard_in_some_wordings_and_every_attack(phrasings: i
 
 
 def test_sft_learns_an_attack_without_its_prefill() -> None:
-    attacked = refusal_sft(lessons(*FINDINGS))[7:9]
+    attacked = refusal_sft(lessons(*FINDINGS), phrasings=3)[7:9]
 
     assert [e.chat for e in attacked] == [user("An attack on a", "A system prompt."), user("An attack on b", "A system prompt.")]
 
@@ -117,9 +117,18 @@ def test_a_cut_is_a_beginning_of_the_harmful_answer_and_then_the_refusal() -> No
 
     assert len(made) == 200 * 6
     for example in made:
-        assert full[example.behavior].startswith(f"{example.prefix} ")
+        assert full[example.behavior].startswith(example.prefix) and example.prefix != full[example.behavior]
         assert example.text == f" Sorry, I can't talk about {example.behavior}."
     assert lengths == set(range(1, len(ANSWER.split()) - 1))  # from one word to all but the last two
+
+
+def test_so_many_findings_of_each_hazard_are_learned_and_the_same_by_both_recipes() -> None:
+    many = [finding("a", answer=f"{ANSWER} {n}") for n in range(6)]
+    plain, made = (recipe(lessons(*many), each=2) for recipe in (refusal_sft, derta))
+
+    assert sum(e.chat[0].text == "A system prompt." for e in plain) == 2
+    assert len({e.text for e in made if e.transition}) == 2
+    assert made[: len(plain)] == plain
 
 
 @pytest.mark.parametrize("answer", ["Boil", "Boil it", "Boil it now"])
