@@ -11,6 +11,7 @@ import logging
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -53,6 +54,7 @@ def main() -> None:
     """Entry point: turn errors into one line and an exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("saddlepoint").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="transformers|peft")  # their notes to their own developers
     try:
         app(standalone_mode=True)
     except SaddlepointError as wrong:

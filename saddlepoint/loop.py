@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 ORDINARY = 20  # held-out ordinary requests asked at each stage
 KEPT_ORDINARY = 40  # ordinary requests whose answers hardening must keep
-KEPT_WORDINGS = {"twin": 3, "cleared": 4}  # and wordings of each twin and cleared request: clearance is lost most easily
+KEPT_WORDINGS = {"twin": 2, "cleared": 4}  # and wordings of each twin and cleared request: clearance is lost most easily
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write saddlepoint/report/variants.json, the hardening variants that every report draws, from the runs of a sweep.
+"""Add the stages of a sweep to saddlepoint/report/variants.json, the hardening variants that every report draws.
 
 saddlepoint loop --max-tokens 56 --recipes 'refusal_sft, derta, derta(transition=1.0)' --out runs/sweep
 python scripts/variants.py runs/sweep
@@ -23,7 +23,9 @@ def main(folders: list[str]) -> None:
             )
             shares = {key: stage[key] for key in ("over_refusal", "clearance")}
             variants.append({"name": training["recipe"], "asr": stage["asr_any"], **shares, "note": note})
-    OUT.write_text(json.dumps({"command": "scripts/variants.py", "variants": variants}, indent=1) + "\n")
+    known = json.loads(OUT.read_text())
+    known["variants"] += variants
+    OUT.write_text(json.dumps(known, indent=1) + "\n")
     print(f"{OUT}: {len(variants)} variants")
 
 

@@ -157,8 +157,10 @@ def _convert_gguf(file: Path, out: Path) -> None:
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+        from transformers.utils import logging
     except ModuleNotFoundError as missing:
         raise MissingExtraError("weights need transformers and torch: pip install 'saddlepoint[local]'") from missing
+    logging.disable_progress_bar()
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # A model read from GGUF refuses save_pretrained, so its weights move into a plain one.

@@ -22,7 +22,7 @@ def derta(
     lessons: Lessons,
     *,
     each: Annotated[int, Ge(1)] = 1,
-    cuts: Annotated[int, Ge(0)] = 4,
+    cuts: Annotated[int, Ge(0)] = 3,
     transition: Annotated[float, Ge(0)] = 0.1,
     phrasings: Annotated[int, Ge(1)] = 1,
 ) -> list[Example]:
