@@ -23,7 +23,7 @@ def derta(
     *,
     each: Annotated[int, Ge(1)] = 1,
     cuts: Annotated[int, Ge(0)] = 3,
-    transition: Annotated[float, Ge(0)] = 0.1,
+    transition: Annotated[float, Ge(0)] = 0.15,
     phrasings: Annotated[int, Ge(1)] = 1,
 ) -> list[Example]:
     """The two terms of the paper on top of refusal SFT.
