@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +374,10 @@ def test_ctrl_c_says_how_to_go_on(bells: Path, tmp_path: Path) -> None:
             "run",
         ]
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A shell starts background jobs deaf to Ctrl-C; the run must hear it wherever the tests are started.
+        hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, preexec_fn=hearing, **pipes)
         out, err = process.communicate(timeout=60)
     assert (130, "") == (process.returncode, out)
     assert err.splitlines()[-1] == "interrupted; nothing recorded is lost; go on: saddlepoint run --resume run"
