@@ -43,7 +43,6 @@ class Listener:
     stage: Callable[[str], None] = lambda _: None
     tick: Callable[[Tick], None] = lambda _: None
     train: Callable[["Progress"], None] = lambda _: None
-    finding: Callable[[Finding], None] = lambda _: None
 
 
 def execute(config: Config, store: Store, listen: Listener = Listener()) -> None:
@@ -121,8 +120,8 @@ def _score(config: Config, store: Store, policy: Policy, bare: Target, stage: st
         (f"{stage}/controls", [*controls, *plain], direct),
     ):
         listen.stage(f"{stage}: {'controls' if behaviors is not hazards else f'{len(attacks)} attacks on {len(hazards)} hazards'}")
-        for finding in run(campaign(config, policy, target, phase, behaviors, attacks), store, listen.tick):
-            listen.finding(finding)
+        for _ in run(campaign(config, policy, target, phase, behaviors, attacks), store, listen.tick):
+            pass  # each finding is in the store when it is yielded
     if isinstance(bare, WhiteBox) and store.read(f"utility:{stage}") is None:
         losses = [float(-row.mean()) for row in bare.logprobs([((), text) for text in ordinary()["texts"]])]
         store.note(f"utility:{stage}", losses)

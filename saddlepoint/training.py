@@ -126,7 +126,7 @@ def train(
     for _ in range(config.epochs):
         for batch in _batches(encoded, config.batch, order):
             rows = model._pad_right([e.ids for e in batch])
-            loss = _loss(model, wrapped, batch, rows)
+            loss = _loss(model, batch, rows)
             if not torch.isfinite(loss):
                 raise TrainingError(f"the loss is not a number at step {step + 1} of {steps}; lower the learning rate, now {config.lr}")
             grads = torch.autograd.grad(loss, working)
@@ -162,7 +162,7 @@ def _batches(encoded: list[Encoded], size: int, order: Random) -> list[list[Enco
     return order.sample(batches, len(batches))
 
 
-def _loss(model: HF, wrapped: torch.nn.Module, batch: list[Encoded], rows: Tensor) -> Tensor:
+def _loss(model: HF, batch: list[Encoded], rows: Tensor) -> Tensor:
     """Weighted mean cross-entropy over the learned positions. The head is computed there only, a few rows at a time."""
     hidden = model.model.base_model(input_ids=rows).last_hidden_state  # (batch, length, width)
     at = [(r, i) for r, e in enumerate(batch) for i, token in enumerate(e.learned) if token != -100]

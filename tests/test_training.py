@@ -129,7 +129,7 @@ def test_the_loss_is_the_weighted_mean_of_a_full_cross_entropy(tiny: HF) -> None
                 total, weights = total - example.weight * float(out[i, token]), weights + example.weight
 
     assert sum(token != -100 for e in batch for token in e.learned) > 64
-    assert float(_loss(tiny, tiny.model, batch, rows)) == pytest.approx(total / weights, rel=1e-5)
+    assert float(_loss(tiny, batch, rows)) == pytest.approx(total / weights, rel=1e-5)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
