@@ -6,24 +6,28 @@ steer. Only this file talks to targets, counts queries and tokens, calls judges 
 """
 
 import hashlib
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import Literal
 
+from saddlepoint import artifacts
 from saddlepoint.errors import ContaminationError, UsageError
 from saddlepoint.registry import Call
 from saddlepoint.store import Recorded, Store
 from saddlepoint.targets import open_target, trained_on
 from saddlepoint.types import (
+    Artifact,
     Ask,
     Behavior,
     Budget,
     Case,
     Chat,
     Completion,
+    Compute,
     Context,
     Finding,
     Judge,
@@ -68,13 +72,13 @@ class Campaign:
 
 @dataclass(frozen=True)
 class Tick:
-    """How far a campaign is."""
+    """How far a campaign is; None where that has not changed."""
 
     phase: str
-    finished: int
-    attempts: int
-    queries: int
-    doing: str
+    doing: str = ""
+    finished: int | None = None
+    attempts: int | None = None
+    queries: int | None = None
 
 
 @dataclass
@@ -116,12 +120,11 @@ def run(campaign: Campaign, store: Store, tell: Callable[[Tick], None] = lambda 
     cells = store.cells(campaign.phase, wanted)
     done = {(f.attack, f.behavior): f for f in store.findings(campaign.phase)}
     yield from done.values()
-    attempts = [
-        _begin(campaign, store, cells[str(call), b.id], call, b)
-        for call in campaign.attacks
-        for b in campaign.behaviors
-        if (str(call), b.id) not in done
-    ]
+    attempts = []
+    for call in campaign.attacks:
+        if left := [b for b in campaign.behaviors if (str(call), b.id) not in done]:
+            artifact = _found(campaign, store, call, tell) if call.method.fit else None
+            attempts += [_begin(campaign, store, cells[str(call), b.id], call, b, artifact, tell) for b in left]
     for finished in drive(campaign, store, attempts, tell):
         cases = [[Case(a.behavior, r.ask.chat, r.completion) for r in a.log if r.ask.to == "target"] for a in finished]
         verdicts = iter(judged(campaign.final_judge, [case for each in cases for case in each]))
@@ -179,17 +182,55 @@ def _same(a: Judge, b: Judge) -> bool:
     return parts[0] == parts[1]
 
 
-def _begin(campaign: Campaign, store: Store, cell: int, call: Call, behavior: Behavior) -> Attempt:
+def _found(campaign: Campaign, store: Store, call: Call, tell: Callable[[Tick], None]) -> Artifact:
+    """What a universal attack finds on train behaviors: searched once for a campaign, and kept in the run's folder."""
+    fit, key = call.method.fit, f"artifact:{campaign.phase}:{call}"
+    known = store.read(key)
+    if known is not None:
+        return artifacts.of(known["artifact"])
+    scored = set() if campaign.harvest else {b.pair or b.id for b in campaign.behaviors}
+    behaviors = tuple(e for e in campaign.examples if (e.pair or e.id) not in scored)
+    if not behaviors or fit is None:
+        raise UsageError(f"attack '{call.name}' searches on train behaviors, and the policy has none besides those attacked; give some")
+    began, compute = time.monotonic(), _compute(campaign.target)
+    before = (compute.tokens, compute.gradients)
+    context = _context(campaign, call, "fit", campaign.examples, None, tell)
+    artifact = replace(fit(behaviors, context, **call.bound(open_target)), attack=str(call))
+    cost = {"tokens": compute.tokens - before[0], "gradients": compute.gradients - before[1], "seconds": round(time.monotonic() - began, 1)}
+    file = store.path / "artifacts" / f"{re.sub(r'[^a-z0-9.]+', '-', f'{campaign.phase} {call}'.lower()).strip('-')}.json"
+    artifacts.write(artifact, file)
+    store.note(key, {"artifact": asdict(artifact), "file": str(file.relative_to(store.path)), **cost})
+    return artifact
+
+
+def _begin(
+    campaign: Campaign, store: Store, cell: int, call: Call, behavior: Behavior, artifact: Artifact | None, tell: Callable[[Tick], None]
+) -> Attempt:
+    params = call.bound(open_target)
+    for used in (a for a in (artifact, *params.values()) if isinstance(a, Artifact)):
+        if not campaign.harvest and (seen := {behavior.id, behavior.pair} & set(used.behaviors)):
+            raise ContaminationError(f"the artifact of {used.attack} was found on {seen.pop()}; score it on others: --split test")
     examples = tuple(e for e in campaign.examples if e.pair != behavior.pair)
+    context = _context(campaign, call, behavior.id, examples, artifact, tell)
+    return Attempt(cell, call, behavior, call.method.call(behavior, context, **params), store.recorded(cell))
+
+
+def _context(
+    campaign: Campaign, call: Call, what: str, examples: tuple[Behavior, ...], artifact: Artifact | None, tell: Callable[[Tick], None]
+) -> Context:
     whitebox = campaign.target if isinstance(campaign.target, WhiteBox) else None
-    context = Context(Random(f"{campaign.seed}:{call}:{behavior.id}"), whitebox, examples)
-    return Attempt(cell, call, behavior, call.method.call(behavior, context, **call.bound(open_target)), store.recorded(cell))
+    say = lambda doing: tell(Tick(campaign.phase, f"{call.name} on {what}: {doing}"))
+    return Context(Random(f"{campaign.seed}:{call}:{what}"), whitebox, examples, artifact, say)
+
+
+def _compute(target: Target) -> Compute:
+    return target.compute if isinstance(target, WhiteBox) else Compute()
 
 
 def _advance(campaign: Campaign, attempt: Attempt) -> None:
     """Send an attempt its replies and take its next asks; end it where it returns, fails, or can afford no more."""
-    compute = campaign.target.compute if isinstance(campaign.target, WhiteBox) else None
-    before = (compute.tokens, compute.gradients) if compute else (0, 0)
+    compute = _compute(campaign.target)
+    before = (compute.tokens, compute.gradients)
     began = time.monotonic()
     try:
         if attempt.step < 0:
@@ -203,9 +244,8 @@ def _advance(campaign: Campaign, attempt: Attempt) -> None:
     except Exception as wrong:  # one broken attack must not take the others with it; its finding says what happened
         attempt.ended, attempt.error = "error", f"{type(wrong).__name__}: {wrong}"
     attempt.seconds += time.monotonic() - began
-    if compute:
-        attempt.tokens += compute.tokens - before[0]
-        attempt.gradients += compute.gradients - before[1]
+    attempt.tokens += compute.tokens - before[0]
+    attempt.gradients += compute.gradients - before[1]
     attempt.step += 1
     queries, tokens, seconds = attempt.spent()
     limit = campaign.budget
@@ -324,4 +364,4 @@ def _finish(campaign: Campaign, store: Store, attempt: Attempt, cases: Sequence[
 
 
 def _tick(campaign: Campaign, finished: int, total: int, attempts: Sequence[Attempt], doing: str) -> Tick:
-    return Tick(campaign.phase, finished, total, sum(len(a.log) for a in attempts), doing)
+    return Tick(campaign.phase, doing, finished, total, sum(len(a.log) for a in attempts))

@@ -19,12 +19,15 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from saddlepoint.artifacts import read
 from saddlepoint.errors import MissingExtraError, UsageError, unknown
-from saddlepoint.types import Target, WhiteBox
+from saddlepoint.types import Artifact, Target, WhiteBox
 
 MethodKind = Literal["attack", "judge", "defense", "recipe"]
 KINDS: tuple[MethodKind, ...] = ("attack", "judge", "defense", "recipe")
 F = TypeVar("F", bound=Callable[..., Any])
+Fit = Callable[..., Artifact]
+"""(behaviors, ctx, **params) -> Artifact: the search of a universal attack, made once for a campaign, on train behaviors."""
 _HERE = Path(__file__).parent
 
 
@@ -38,11 +41,16 @@ class Parameter:
 
     @property
     def is_target(self) -> bool:
-        """Whether it takes a model: written as a target's name, opened when the method is bound."""
-        return self.annotation in (Target, WhiteBox)
+        """Whether it takes a model, or several: written as targets' names, opened when the method is bound."""
+        return self.annotation in (Target, WhiteBox, tuple[WhiteBox, ...])
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it is written as a name or a path of what it takes."""
+        return self.is_target or self.annotation == Artifact | None
 
     def check(self, value: Any, where: str) -> Any:
-        kind = str if self.is_target else self.annotation
+        kind: Any = str if self.is_target else str | None if self.is_name else self.annotation
         try:
             return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)).validate_python(
                 value, strict=True
@@ -61,6 +69,7 @@ class Method:
     call: Callable[..., Any]
     paper: str
     access: Literal["black-box", "gray-box", "white-box"]
+    fit: Fit | None = None
 
     @property
     def summary(self) -> str:
@@ -93,26 +102,37 @@ class Call:
         return {name: p.default for name, p in self.method.parameters.items()} | dict(self.given)
 
     def bound(self, open_target: Callable[[str], Target]) -> dict[str, Any]:
-        """`params` with the names of models opened."""
-        targets = {p.name for p in self.method.parameters.values() if p.is_target}
-        return {k: open_target(v) if k in targets and isinstance(v, str) else v for k, v in self.params.items()}
+        """`params` with the names of models opened and the files of artifacts read."""
+        bound = self.params
+        for p in self.method.parameters.values():
+            if p.is_name and isinstance(value := bound[p.name], str):
+                if p.annotation == tuple[WhiteBox, ...]:
+                    bound[p.name] = tuple(open_target(name.strip()) for name in value.split(",") if name.strip())
+                elif value:
+                    bound[p.name] = open_target(value) if p.is_target else read(value)
+        return bound
 
     def __str__(self) -> str:
         given = ", ".join(f"{k}={v!r}" for k, v in self.given if v != self.method.parameters[k].default)
         return f"{self.name}({given})" if given else self.name
 
 
-def _register(kind: MethodKind, paper: str, access: str) -> Callable[[F], F]:
+def _register(kind: MethodKind, paper: str, access: str, fit: Fit | None = None) -> Callable[[F], F]:
     def decorate(call: F) -> F:
-        call.__saddlepoint__ = Method(kind, inspect.getmodule(call).__name__.rpartition(".")[2], call, paper, access)  # type: ignore[attr-defined, union-attr, arg-type]
+        call.__saddlepoint__ = Method(kind, inspect.getmodule(call).__name__.rpartition(".")[2], call, paper, access, fit)  # type: ignore[attr-defined, union-attr, arg-type]
         return call
 
     return decorate
 
 
-def attack(*, paper: str, access: Literal["black-box", "gray-box", "white-box"]) -> Callable[[F], F]:
-    """Register `(behavior, ctx, **params) -> Steps` under its file's name."""
-    return _register("attack", paper, access)
+def attack(*, paper: str, access: Literal["black-box", "gray-box", "white-box"], fit: Fit | None = None) -> Callable[[F], F]:
+    """Register `(behavior, ctx, **params) -> Steps` under its file's name.
+
+    Args:
+        fit: The search of a universal attack: it is called once for a campaign, with behaviors of the train split and the
+            same parameters, and the artifact that it returns is the `ctx.artifact` of every behavior.
+    """
+    return _register("attack", paper, access, fit)
 
 
 def judge(*, paper: str) -> Callable[[F], F]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from saddlepoint.errors import UsageError
-from saddlepoint.registry import Method, get
-from saddlepoint.types import Ask, Behavior, Completion, Context, Message, Reply, Steps, Verdict, WhiteBox
+from saddlepoint.registry import Call, Method, get
+from saddlepoint.targets import open_target
+from saddlepoint.types import Artifact, Ask, Behavior, Completion, Context, Message, Reply, Steps, Verdict, WhiteBox
 
 MAX_LINES = 130
 MAX_SUMMARY = 140  # characters
@@ -152,10 +153,12 @@ class _Player:
 
     def __init__(self, method: Method, whitebox: WhiteBox | None, params: dict[str, Any]) -> None:
         self.method, self.whitebox = method, whitebox if method.access != "black-box" else None
-        self.params = {name: method.parameters[name].check(value, method.name) for name, value in params.items()}
+        self.params = {n: v if isinstance(v, Artifact) else method.parameters[n].check(v, method.name) for n, v in params.items()}
+        self.artifact: Artifact | None = None
 
     def check(self) -> None:
         before = random.getstate()
+        self.artifact = self.found()
         for request in _REQUESTS:
             if self.whitebox is None or len(request.prompt) < 1000:
                 self.play(request, _REFUSES)
@@ -206,9 +209,20 @@ class _Player:
         return batches
 
     def start(self, behavior: Behavior, examples: tuple[Behavior, ...] | None = None) -> Steps:
-        context = Context(random.Random("check"), self.whitebox, _EXAMPLES if examples is None else examples)
-        steps: Steps = self.method.call(behavior, context, **self.params)
+        context = Context(random.Random("check"), self.whitebox, _EXAMPLES if examples is None else examples, self.artifact)
+        steps: Steps = self.method.call(behavior, context, **Call(self.method, tuple(self.params.items())).bound(open_target))
         return steps
+
+    def found(self) -> Artifact | None:
+        """What the search of a universal attack finds on the examples; it must not depend on anything but its seed."""
+        if self.method.fit is None:
+            return None
+        given = Call(self.method, tuple(self.params.items())).bound(open_target)
+        again = [self.method.fit(_EXAMPLES, Context(random.Random("check"), self.whitebox, _EXAMPLES), **given) for _ in range(2)]
+        self.must(again[0] == again[1], "finds another artifact when run again with the same seed")
+        self.must(isinstance(again[0], Artifact), f"its fit must return an Artifact, got {again[0]!r:.80}")
+        self.must(set(again[0].behaviors) == {e.id for e in _EXAMPLES}, "its artifact must name the behaviors that it was found on")
+        return again[0]
 
     def step(self, steps: Steps, replies: list[Reply] | None, behavior: Behavior) -> Sequence[Ask]:
         """The next batch, checked, or () at the end."""

@@ -14,16 +14,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Role = Literal["system", "user", "assistant", "tool"]
+Place = Literal["prefix", "suffix"]
 Split = Literal["train", "test"]
 Label = Literal["refusal", "bad_refusal", "harmful", "safe_answer", "incoherent", "unjudged"]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat.
+
+    Args:
+        soft: Embeddings (length, width) that stand after the text and belong to no token; only a model whose weights are
+            at hand can be asked so.
+    """
 
     role: Role
     text: str
+    soft: tuple[tuple[float, ...], ...] = ()
 
 
 Chat = tuple[Message, ...]
@@ -229,14 +236,22 @@ class Compute:
     gradients: int = 0
 
 
+Reduce = Callable[["Tensor"], "Tensor"]
+"""(n, tokens) -> (n,), differentiable: how the losses of tokens make the loss of a row."""
+
+
 @runtime_checkable
 class WhiteBox(Target, Protocol):
     """A target whose weights are at hand. It owns the chat template, the special tokens and the token slices."""
 
     compute: Compute
 
-    def frame(self, chat: Chat, control: str, affirmative: str) -> Frame:
-        """Tokenize `chat` with `control` appended to its last user message, cut at the control's borders."""
+    def frame(self, chat: Chat, control: str, affirmative: str, place: Place = "suffix") -> Frame:
+        """Tokenize `chat` with `control` before or after its last user message, cut at the control's borders.
+
+        Raises:
+            UsageError: There is no user message, the control or the affirmative has no tokens, or the context is too short.
+        """
         ...
 
     def candidates(self, ascii_only: bool) -> Tensor:
@@ -251,17 +266,70 @@ class WhiteBox(Target, Protocol):
         """Decode token ids of shape (length,)."""
         ...
 
-    def loss(self, rows: Tensor, span: slice) -> Tensor:
-        """float32 (n,): mean negative log-likelihood in nats of `rows[:, span]`; rows are int64 (n, length)."""
+    def loss(
+        self, rows: Sequence[Tensor] | Tensor, scored: int, near: Tensor | None = None, exact: bool = True, reduce: Reduce | None = None
+    ) -> Tensor:
+        """float32 (n,): mean negative log-likelihood in nats of the last `scored` tokens of each row.
+
+        Args:
+            rows: int64 (length,) each; lengths may differ. A tensor (n, length) is such a sequence too.
+            reduce: Makes one number of each row of negative log-likelihoods (n, scored); their mean if None.
+            near: A row that they resemble, int64 (length,): what they share with it is computed once.
+            exact: False also takes from `near` what lies between a row's own tokens and the scored ones, as if it had
+                not changed: several times cheaper, right in tendency, and only for rows as long as `near`.
+        """
         ...
 
-    def gradient(self, row: Tensor, at: slice, span: slice) -> Tensor:
+    def gradient(self, row: Tensor, at: slice, scored: int, reduce: Reduce | None = None) -> Tensor:
         """float32 (len(at), vocabulary): gradient of that loss by the one-hot of each token in `at`; row is int64 (length,)."""
+        ...
+
+    def soft_loss(self, frame: Frame, controls: Tensor) -> Tensor:
+        """float32 (n,): the same loss of `frame` with embeddings (n, length, width) for its control; differentiable by them."""
+        ...
+
+    def soft_logprobs(self, frame: Frame, controls: Tensor, at: slice) -> Tensor:
+        """float32 (n, len(at), vocabulary): log-probabilities in nats of every token at the positions `at` of a whole row.
+
+        Args:
+            controls: Embeddings (n, length, width) that stand for the control of `frame`; the result is differentiable by them.
+            at: Positions in `before + control + after + affirmative`, from 1; each is predicted by all that stands before it.
+        """
+        ...
+
+    @property
+    def embedding(self) -> Tensor:
+        """(vocabulary, width): the embedding of each token."""
         ...
 
     def logprobs(self, texts: Sequence[tuple[Chat, str]]) -> list[Tensor]:
         """For each (chat, text): float32 (tokens of text,), the log-probability in nats of each token of `text` after `chat`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Text that an attack found on train behaviors and that goes with any request, on any target.
+
+    Args:
+        attack: The attack that found it, as one would type it.
+        text: What is put before or after the request.
+        models: The models that it was found on.
+        behaviors: The ids of the behaviors that it was found on; it is never scored on those.
+        losses: Loss of the best text after each step, in nats, mean over behaviors and models.
+    """
+
+    attack: str
+    text: str
+    place: Place = "suffix"
+    models: tuple[str, ...] = ()
+    behaviors: tuple[str, ...] = ()
+    losses: tuple[float, ...] = ()
+
+    def applied(self, prompt: str) -> str:
+        """The request with the text, spaced as a frame spaces it."""
+        text = self.text.lstrip()
+        return f"{text} {prompt}" if self.place == "prefix" else f"{prompt} {text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,11 +340,15 @@ class Context:
         rng: Its only source of randomness.
         whitebox: The target's weights; None where they are not at hand.
         examples: Behaviors of the train split that have a reference answer; never the one under attack.
+        artifact: What the attack's own `fit` found on the train split, or what it was given to replay.
+        tell: Told now and then, in a few words, how far a long search is.
     """
 
     rng: Random
     whitebox: WhiteBox | None = None
     examples: tuple[Behavior, ...] = ()
+    artifact: Artifact | None = None
+    tell: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)

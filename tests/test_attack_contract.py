@@ -12,9 +12,22 @@ import pytest
 from saddlepoint import registry
 from saddlepoint.errors import MissingExtraError, SaddlepointError, UsageError
 from saddlepoint.testing import check_attack, check_attack_file
+from saddlepoint.types import Artifact
 
 # Values that make an attack quick enough for a test, where its defaults would search for minutes.
-QUICK: dict[str, dict[str, Any]] = {"gcg": {"num_steps": 3, "search_width": 4, "topk": 8, "test_steps": 1}}
+QUICK: dict[str, dict[str, Any]] = {
+    "gcg": {"num_steps": 3, "search_width": 4, "topk": 8, "test_steps": 1},
+    "gcg_multi": {"num_steps": 3, "search_width": 4, "topk": 8, "n_behaviors": 2},
+    "replay": {"artifact": Artifact("gcg_multi", "! {x} !")},
+    "hotflip": {"edits": 3, "candidates": 4},
+    "uat": {"sweeps": 2, "candidates": 4, "init": "the the"},
+    "autoprompt": {"num_steps": 4, "candidates": 4, "init": "! ! !"},
+    "gbda": {"num_steps": 3, "samples": 2, "draws": 8},
+    "arca": {"sweeps": 2, "outputs": 2, "candidates": 4, "averaged": 2, "init": "! ! !"},
+    "uat_lm": {"sweeps": 2, "candidates": 4, "length": 3},
+    "utsc": {"sweeps": 2, "candidates": 4, "samples": 2},
+    "soft_prompt": {"num_steps": 4, "test_steps": 2, "init": "x x x"},
+}
 
 
 @pytest.mark.parametrize("name", registry.names("attack"))

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +14,29 @@ import pytest
 from annotated_types import Ge
 
 from saddlepoint import campaign as driver
+from saddlepoint.artifacts import of, read, write
 from saddlepoint.campaign import Campaign, Tick, run
 from saddlepoint.errors import ContaminationError, UsageError
 from saddlepoint.metrics import broken, refused
-from saddlepoint.registry import Call, attack
+from saddlepoint.registry import Call, attack, parse
 from saddlepoint.store import Store
 from saddlepoint.targets.scripted import Scripted
-from saddlepoint.types import Ask, Behavior, Budget, Case, Completion, Compute, Context, Finding, Query, Reply, Steps, Verdict, user
+from saddlepoint.types import (
+    Artifact,
+    Ask,
+    Behavior,
+    Budget,
+    Case,
+    Completion,
+    Compute,
+    Context,
+    Finding,
+    Query,
+    Reply,
+    Steps,
+    Verdict,
+    user,
+)
 
 PAPER = "https://example.org/paper"
 
@@ -309,7 +325,7 @@ def test_seconds_stop_an_attack(tmp_path: Path) -> None:
 class Weights(Scripted):
     """A scripted target that counts as a white box; an attack that works on it says so in `compute`."""
 
-    frame = candidates = survives = text = loss = gradient = logprobs = print  # never called here
+    frame = candidates = survives = text = loss = gradient = soft_loss = soft_logprobs = embedding = logprobs = print  # never called here
 
     def __init__(self) -> None:
         super().__init__(lambda _: Completion("NO", 10, 5))
@@ -600,3 +616,74 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
 
     assert ("before", 6, 6, 18) == (ticks[-1].phase, ticks[-1].finished, ticks[-1].attempts, ticks[-1].queries)
     assert all(a.finished <= b.finished and a.queries <= b.queries for a, b in pairwise(ticks))
+
+
+# ---- universal attacks and their artifacts --------------------------------------------------------------------------
+
+SEARCHES: list[tuple[str, ...]] = []
+
+
+def search(behaviors: Sequence[Behavior], ctx: Context, *, tries: int) -> Artifact:
+    SEARCHES.append(tuple(b.id for b in behaviors))
+    if ctx.whitebox:
+        ctx.whitebox.compute.tokens += 10 * tries
+    ctx.tell(f"try {tries}")
+    return Artifact("search", f"magic {ctx.rng.random():.3f}", "prefix", ("scripted",), tuple(b.id for b in behaviors), (2.0, 1.0))
+
+
+@attack(paper=PAPER, access="black-box", fit=search)
+def universal(behavior: Behavior, ctx: Context, *, tries: Annotated[int, Ge(1)] = 3) -> Steps:
+    assert ctx.artifact
+    yield [Ask(user(ctx.artifact.applied(behavior.prompt)))]
+
+
+TRAIN = tuple(Behavior(f"t{i}", f"train request {i}", split="train", answer="x", pair=f"t{i}") for i in range(3))
+
+
+def test_a_universal_attack_searches_once_on_train_behaviors_and_keeps_what_it_found(tmp_path: Path) -> None:
+    SEARCHES.clear()
+    ticks: list[Tick] = []
+    findings = play(tmp_path, Weights(), [call(universal), call(plain)], on=4, examples=TRAIN, tell=ticks.append)
+    (note,) = Store.open(tmp_path).notes("artifact:before:").values()
+    text = note["artifact"]["text"]
+
+    assert SEARCHES == [("t0", "t1", "t2")]
+    assert [f.chat[0].text for f in findings if f.attack == "universal"] == [f"{text} request {i}" for i in range(4)]
+    assert (note["tokens"], note["gradients"]) == (30, 0) and note["artifact"]["attack"] == "universal"
+    assert asdict(read(str(tmp_path / note["file"]))) == asdict(of(note["artifact"]))
+    assert "universal on fit: try 3" in [t.doing for t in ticks]
+    # Gone on with, it is not searched again; another phase searches anew, with its own name.
+    play(tmp_path, Weights(), [call(universal), call(plain)], on=6, examples=TRAIN)
+    assert len(SEARCHES) == 1
+    play(tmp_path, Weights(), [call(universal, tries=5)], on=2, examples=TRAIN, phase="after")
+    assert len(SEARCHES) == 2 and len(list((tmp_path / "artifacts").iterdir())) == 2
+
+
+def test_a_universal_attack_never_searches_on_what_it_is_scored_on(tmp_path: Path) -> None:
+    SEARCHES.clear()
+    play(tmp_path, Scripted(lambda _: "NO"), [call(universal)], on=TRAIN[:1], examples=TRAIN)
+    assert SEARCHES == [("t1", "t2")]
+    with pytest.raises(UsageError, match="searches on train behaviors"):
+        play(tmp_path / "none", Scripted(lambda _: "NO"), [call(universal)], on=TRAIN, examples=TRAIN)
+
+
+def test_a_replayed_artifact_is_asked_with_and_never_scored_on_what_it_was_found_on(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    write(Artifact("gcg_multi", " x y!", "suffix", ("m",), ("t0",)), file)
+    (again,) = parse("attack", f"replay(artifact={str(file)!r})")
+
+    (finding,) = play(tmp_path / "a", Scripted(lambda _: "NO"), [again], on=1)
+    assert finding.chat == user("request 0 x y!") and finding.attack == f"replay(artifact={str(file)!r})"
+    with pytest.raises(ContaminationError, match="found on t0"):
+        play(tmp_path / "b", Scripted(lambda _: "NO"), [again], on=TRAIN)
+    assert len(play(tmp_path / "c", Scripted(lambda _: "NO"), [again], on=TRAIN, harvest=True)) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"attack": "x"}', '{"attack": "x", "text": 3}', '{"attack": "x", "text": "y", "place": "middle"}']
+)
+def test_a_file_that_holds_no_artifact_says_so(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    for file in (tmp_path / "bad.json", tmp_path / "none.json"):
+        with pytest.raises(UsageError, match="holds no artifact"):
+            play(tmp_path / "run", Scripted(lambda _: "NO"), parse("attack", f"replay(artifact={str(file)!r})"))

@@ -10,7 +10,8 @@ from saddlepoint.errors import UsageError
 from saddlepoint.types import Ask, Behavior, Completion, Context, Reply, Steps, Verdict, WhiteBox, user
 
 torch = pytest.importorskip("torch")
-from saddlepoint.attacks.gradient.gcg import gcg, propose  # noqa: E402
+from saddlepoint.attacks._gradient import propose  # noqa: E402
+from saddlepoint.attacks.gradient.gcg import gcg  # noqa: E402
 
 if TYPE_CHECKING:
     from saddlepoint.targets.hf import HF
@@ -42,8 +43,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def loss(self, rows: Any, span: slice) -> Any:
-        losses = self.model.loss(rows, span)
+    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None) -> Any:
+        losses = self.model.loss(rows, scored, near, exact, reduce)
         self.seen.append((rows, losses))
         return losses
 
@@ -55,7 +56,7 @@ def context(model: Any, seed: int = 0) -> Context:
 def suffix_loss(model: "HF", ask: Ask) -> float:
     """The loss of the affirmative after what was really asked."""
     prompt, affirmative = model.prompt_ids(ask.chat), model.ids(TEA.affirmative)
-    return float(model.loss(torch.tensor([prompt + affirmative]), slice(len(prompt), len(prompt) + len(affirmative))))
+    return float(model.loss(torch.tensor([prompt + affirmative]), len(affirmative)))
 
 
 # ---- candidates -----------------------------------------------------------------------------------------------------
@@ -70,17 +71,18 @@ def drawn(width: int = 60, topk: int = 4, n_replace: int = 1, length: int = 6, s
 
 @pytest.mark.parametrize(("n_replace", "length"), [(1, 6), (2, 6), (3, 7), (6, 6), (9, 6), (1, 1)])
 def test_a_candidate_changes_at_most_n_replace_slots(n_replace: int, length: int) -> None:
-    control, _, allowed, rows = drawn(n_replace=n_replace, length=length)
+    control, _, allowed, rows = drawn(n_replace=n_replace, length=length, topk=20)
     changed = (rows != control).sum(1)
 
-    assert rows.shape == (60, length)
+    assert rows.shape[1] == length and len(rows.unique(dim=0)) == len(rows) <= 60
+    assert len(rows) == min(60, 20 * length) or n_replace > 1  # two changed slots may be drawn in either order
     assert int(changed.max()) == min(n_replace, length) == int(changed.min())  # the control's own tokens are out of reach here
     assert allowed[rows[rows != control]].all()
 
 
 @pytest.mark.parametrize("width", [6, 60, 64])
 def test_the_slots_are_evenly_covered(width: int) -> None:
-    control, _, _, rows = drawn(width)
+    control, _, _, rows = drawn(width, topk=20)
     times = (rows != control).sum(0).tolist()
 
     assert sum(times) == width and max(times) - min(times) <= 1
@@ -106,8 +108,8 @@ def test_more_topk_than_tokens_draws_them_all() -> None:
 
 
 def test_candidates_follow_the_seed() -> None:
-    assert drawn(seed=1)[3].equal(drawn(seed=1)[3])
-    assert not drawn(seed=1)[3].equal(drawn(seed=2)[3])
+    assert drawn(seed=1, topk=20)[3].equal(drawn(seed=1, topk=20)[3])
+    assert not drawn(seed=1, topk=20)[3].equal(drawn(seed=2, topk=20)[3])
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
@@ -143,10 +145,12 @@ def test_one_step_is_that_of_a_plain_implementation(tiny: "HF") -> None:
     writable = [t for t in range(len(table)) if (s := tiny.tokenizer.decode([t])).isascii() and s.isprintable() and not s.startswith("<|")]
     generator = torch.Generator().manual_seed(Random(5).getrandbits(63))
     shift = int(torch.randint(len(control), (1,), generator=generator))
-    picks = torch.randint(topk, (width, 1), generator=generator).flatten().tolist()
+    torch.randint(topk, (width, 1), generator=generator)
+    order = torch.rand(len(control), topk, generator=generator).argsort(1)
     found = []
-    for i, pick in enumerate(picks):
+    for i in range(width):
         slot = (i * len(control) // width + shift) % len(control)
+        pick = int(order[slot, sum(j * len(control) // width == i * len(control) // width for j in range(i))])
         candidate = list(control)
         candidate[slot] = sorted(writable, key=lambda t: float(grad[len(before) + slot, t]))[pick]
         row = before + candidate + after

@@ -237,23 +237,29 @@ def test_candidates_are_what_can_be_written_and_read(tiny: "HF") -> None:
 ROWS = [[0, 379, 200, 42, 17 + i, 300, 5 * i + 2, 33, 60, 61 + i] for i in range(5)]
 
 
-@pytest.mark.parametrize("span", [slice(1, 10), slice(4, 7), slice(9, 10), slice(1, 2)])
-def test_loss_is_the_cross_entropy_of_a_full_forward_pass(tiny: "HF", monkeypatch: pytest.MonkeyPatch, span: slice) -> None:
+@pytest.mark.parametrize("scored", [9, 3, 1])
+def test_loss_is_the_cross_entropy_of_a_full_forward_pass(tiny: "HF", monkeypatch: pytest.MonkeyPatch, scored: int) -> None:
     rows = torch.tensor(ROWS)
     nll = F.cross_entropy(tiny.model(input_ids=rows).logits.transpose(1, 2)[:, :, :-1], rows[:, 1:], reduction="none")  # (n, length - 1)
-    wanted = nll[:, span.start - 1 : span.stop - 1].mean(1)
+    wanted = nll[:, -scored:]
+    mixed = [rows[0], rows[1, :-2], rows[2]]  # rows may differ in length
 
-    assert torch.allclose(tiny.loss(rows, span), wanted, atol=1e-4)
-    monkeypatch.setattr("saddlepoint.targets.hf._TOKENS_AT_ONCE", 25)  # two rows at a time
-    assert torch.allclose(tiny.loss(rows, span), wanted, atol=1e-4)
+    for at_once in (2048, 25):  # the second takes two rows at a time
+        monkeypatch.setattr(tiny, "_tokens_at_once", at_once)
+        assert torch.allclose(tiny.loss(rows, scored), wanted.mean(1), atol=1e-4)
+        assert torch.allclose(tiny.loss(rows, scored, reduce=lambda x: x.amax(1)), wanted.amax(1), atol=1e-4)
+        assert torch.allclose(tiny.loss(rows, scored, near=rows[0]), wanted.mean(1), atol=1e-4)
+        if scored < 7:
+            assert torch.allclose(tiny.loss(mixed, scored, near=rows[1]), tiny.loss(mixed, scored), atol=1e-4)
+            assert float(tiny.loss(mixed, scored)[1]) == pytest.approx(float(nll[1, 7 - scored : 7].mean()), abs=1e-4)
 
 
-@pytest.mark.parametrize("span", [slice(0, 3), slice(5, 5), slice(5, 4), slice(3, 11), slice(-2, 4)])
-def test_a_span_that_holds_no_token_with_one_before_it_is_an_error(tiny: "HF", span: slice) -> None:
-    with pytest.raises(ValueError, match=r"span must lie in 1\.\.10"):
-        tiny.loss(torch.tensor(ROWS), span)
-    with pytest.raises(ValueError, match=r"span must lie in 1\.\.10"):
-        tiny.gradient(torch.tensor(ROWS[0]), slice(1, 2), span)
+@pytest.mark.parametrize("scored", [0, -1, 10, 11])
+def test_scoring_a_token_with_none_before_it_is_an_error(tiny: "HF", scored: int) -> None:
+    with pytest.raises(ValueError, match=r"scored must lie in 1\.\.9"):
+        tiny.loss(torch.tensor(ROWS), scored)
+    with pytest.raises(ValueError, match=r"scored must lie in 1\.\.9"):
+        tiny.gradient(torch.tensor(ROWS[0]), slice(1, 2), scored)
 
 
 def test_logprobs_are_those_of_a_full_forward_pass(tiny: "HF", monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,38 +273,38 @@ def test_logprobs_are_those_of_a_full_forward_pass(tiny: "HF", monkeypatch: pyte
             assert torch.allclose(found, wanted, atol=1e-4)
 
 
-def by_one_hot(model: "HF", row: list[int], at: slice, span: slice) -> Any:
+def by_one_hot(model: "HF", row: list[int], at: slice, scored: int) -> Any:
     """The gradient of the loss by an explicit one-hot matrix, (len(at), vocabulary)."""
     with torch.enable_grad():
         hot = F.one_hot(torch.tensor(row), len(model.embedding)).to(model.embedding.dtype).requires_grad_()
         looked_up = model.model.get_input_embeddings()(torch.arange(len(model.embedding)))
         out = model.model(inputs_embeds=(hot @ looked_up)[None]).logits[0]
-        loss = F.cross_entropy(out[span.start - 1 : span.stop - 1], torch.tensor(row[span]))
+        loss = F.cross_entropy(out[-scored - 1 : -1], torch.tensor(row[-scored:]))
         return torch.autograd.grad(loss, hot)[0][at]
 
 
-@pytest.mark.parametrize(("at", "span"), [(slice(2, 5), slice(7, 10)), (slice(0, 1), slice(9, 10)), (slice(3, 8), slice(4, 10))])
-def test_gradient_is_that_of_an_explicit_one_hot(tiny: "HF", at: slice, span: slice) -> None:
+@pytest.mark.parametrize(("at", "scored"), [(slice(2, 5), 3), (slice(0, 1), 1), (slice(3, 8), 6), (slice(8, 10), 2)])
+def test_gradient_is_that_of_an_explicit_one_hot(tiny: "HF", at: slice, scored: int) -> None:
     row = torch.tensor(ROWS[2])
     with torch.enable_grad():
-        found = tiny.gradient(row, at, span)
-    wanted = by_one_hot(tiny, ROWS[2], at, span)
+        found = tiny.gradient(row, at, scored)
+    wanted = by_one_hot(tiny, ROWS[2], at, scored)
 
     assert found.shape == (at.stop - at.start, len(tiny.embedding)) and not found.requires_grad
     assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_gradient_agrees_with_finite_differences(tiny: "HF") -> None:
-    at, span, exact = slice(2, 5), slice(7, 10), deepcopy(tiny.model).double()
+    at, scored, exact = slice(2, 5), 3, deepcopy(tiny.model).double()
     direction = torch.randn(3, len(tiny.embedding), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.enable_grad():
-        slope = float((tiny.gradient(torch.tensor(ROWS[1]), at, span).double() * direction).sum())
+        slope = float((tiny.gradient(torch.tensor(ROWS[1]), at, scored).double() * direction).sum())
 
     def loss(step: float) -> float:
         hot = F.one_hot(torch.tensor(ROWS[1]), len(tiny.embedding)).double()
         hot[at] += step * direction
         out = exact(inputs_embeds=(hot @ exact.get_input_embeddings().weight)[None]).logits[0]
-        return float(F.cross_entropy(out[span.start - 1 : span.stop - 1], torch.tensor(ROWS[1][span])))
+        return float(F.cross_entropy(out[-scored - 1 : -1], torch.tensor(ROWS[1][-scored:])))
 
     assert (loss(1e-4) - loss(-1e-4)) / 2e-4 == pytest.approx(slope, rel=1e-3)
 
@@ -315,14 +321,15 @@ def test_losses_hold_for_models_that_scale_or_cap_their_logits(tiny: "HF", famil
     config = getattr(transformers, f"{family}Config")(**shape, **special, num_key_value_heads=2, **marks.get(family, {}))
     torch.manual_seed(0)
     model = HF(family, getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config), tiny.tokenizer)
-    rows, at, span = torch.tensor(ROWS), slice(2, 5), slice(7, 10)
+    rows, at, scored = torch.tensor(ROWS), slice(2, 5), 3
     nll = F.cross_entropy(model.model(input_ids=rows).logits.transpose(1, 2)[:, :, :-1], rows[:, 1:], reduction="none")
     with torch.enable_grad():
-        gradient = model.gradient(rows[0], at, span)
-    wanted = by_one_hot(model, ROWS[0], at, span)
+        gradient = model.gradient(rows[0], at, scored)
+    wanted = by_one_hot(model, ROWS[0], at, scored)
     ids = model.prompt_ids(TEA) + (answer := model.ids("Sure, here is"))
 
-    assert torch.allclose(model.loss(rows, span), nll[:, 6:9].mean(1), atol=1e-4)
+    for near in (None, rows[2]):
+        assert torch.allclose(model.loss(rows, scored, near), nll[:, 6:9].mean(1), atol=1e-4)
     assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
     assert torch.allclose(
         model.logprobs([(TEA, "Sure, here is")])[0],
@@ -340,8 +347,11 @@ def test_compute_counts_the_tokens_of_every_pass_and_each_gradient(tiny: "HF") -
 
     short, long = ((), "a"), ((), "The weather is cold.")
     width = 1 + len(tiny.ids(long[1]))
-    assert spent(lambda: tiny.loss(torch.tensor(ROWS), slice(4, 6))) == (50, 0)
-    assert spent(lambda: tiny.gradient(torch.tensor(ROWS[0]), slice(1, 3), slice(4, 6))) == (10, 1)
+    assert spent(lambda: tiny.loss(torch.tensor(ROWS), 2)) == (50, 0)
+    for _ in range(2):  # the count does not depend on what is still known from the call before
+        # The near row; of four rows what follows their first change, at place 4; of the near row itself what predicts.
+        assert spent(lambda: tiny.loss(torch.tensor(ROWS), 2, near=torch.tensor(ROWS[1]))) == (10 + 4 * 5 + 2, 0)
+        assert spent(lambda: tiny.gradient(torch.tensor(ROWS[0]), slice(1, 3), 2)) == (9, 1)
     assert spent(lambda: tiny.logprobs([short, long])) == (2 * width, 0)
     assert spent(lambda: tiny.generate([Query(TEA, Sampling(2))])) == (0, 0)  # the driver counts answers
 

@@ -70,7 +70,7 @@ def test_gcg_lowers_the_loss_of_the_affirmative(organism):
         text = ask.chat[-1].text.removeprefix(hazard.prompt)
         frame = organism.frame(user(hazard.prompt), text.strip(), hazard.affirmative)
         row = torch.cat([frame.before, frame.control, frame.after, frame.affirmative])
-        losses.append(float(organism.loss(row[None], slice(len(row) - len(frame.affirmative), len(row)))))
+        losses.append(float(organism.loss(row[None], len(frame.affirmative))))
         try:
             asks = steps.send([Reply(ask, Completion("Sorry, no."), Verdict("refusal", False))])
         except StopIteration:
@@ -80,7 +80,7 @@ def test_gcg_lowers_the_loss_of_the_affirmative(organism):
 
     assert len(losses) == 2
     assert losses[-1] <= losses[0]
-    assert losses[0] < float(organism.loss(row[None], slice(len(row) - len(first.affirmative), len(row))))
+    assert losses[0] < float(organism.loss(row[None], len(first.affirmative)))
 
 
 LOOP = ["loop", "--attacks", "direct, prefill", "--limit", "5", "--epochs", "1", "--max-tokens", "48"]

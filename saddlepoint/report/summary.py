@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ from saddlepoint.config import Config
 from saddlepoint.metrics import broken, difference, disclosed, mean, rate, refused
 from saddlepoint.registry import parse
 from saddlepoint.store import Store
-from saddlepoint.types import Finding
+from saddlepoint.types import Finding, Message
 
 AT = (1, 10, 100)  # queries at which ASR is given
 
@@ -85,9 +85,14 @@ def _stage(store: Store, name: str, findings: Sequence[Finding]) -> dict[str, An
         },
         "utility": asdict(mean(losses)) if losses else None,
         "training": store.read(f"training:{name}"),
-        "transcripts": [asdict(f) for f in [*here, *controls]],
+        "transcripts": [asdict(replace(f, chat=tuple(_shown(m) for m in f.chat))) for f in [*here, *controls]],
         "outcomes": outcomes,
     }
+
+
+def _shown(message: Message) -> Message:
+    """A message as people read it: embeddings that belong to no token are only counted."""
+    return Message(message.role, f"{message.text} [{len(message.soft)} soft tokens]") if message.soft else message
 
 
 def _attack(name: str, findings: Sequence[Finding]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ It alone knows the chat template, the special tokens and where a text lies among
 import logging
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
 from saddlepoint.models import EMBEDDED, ORGANISM, base_of, card, hub_snapshot, pull
-from saddlepoint.types import Chat, Completion, Compute, Frame, Query
+from saddlepoint.targets._tree import BLOCK, Branch, Keys, NotShared, branch, shared
+from saddlepoint.types import Chat, Completion, Compute, Frame, Place, Query, Reduce
 
 _MARK = "\u2063control\u2063"  # stands for the control while the template is rendered; no chat contains it
 _TOKENS_AT_ONCE = 8192  # rows * length of one forward pass; keeps two cores busy and memory small
@@ -45,7 +46,11 @@ class HF:
         self.tokenizer = tokenizer
         self.device: torch.device = model.device
         self.compute = Compute()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._shares = bool(getattr(model, "_supports_attention_backend", False))
+        self._near: Keys | None = None
+        # Few enough that activations stay in a processor's cache, many enough to keep a GPU busy.
+        self._tokens_at_once = 1 << 16 if self.device.type == "cuda" else 2048
 
     def __repr__(self) -> str:
         return f"HF({self.name!r})"
@@ -87,7 +92,7 @@ class HF:
         room = getattr(self.model.config, "max_position_embeddings", 1 << 30)
         for i, query in enumerate(queries):
             try:
-                prompts.append(self.prompt_ids(query.chat))
+                prompts.append(self._written(query.chat)[0])
             except Exception as wrong:  # a template may refuse a chat, a tokenizer a broken character: only this query fails
                 prompts.append([])
                 answers[i] = Completion("", finish="error", error=f"the chat cannot be written as tokens: {wrong}")
@@ -112,12 +117,21 @@ class HF:
         width = max(map(len, prompts))
         pad = self.pad
         rows = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
+        inputs = {"inputs": rows}
+        if any(m.soft for q in queries for m in q.chat):
+            embeds = self._embedded(rows)
+            scale = getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)
+            for r, query in enumerate(queries):
+                ids, soft, at = self._written(query.chat)
+                start = width - len(ids) + at
+                embeds[r, start : start + len(soft)] = torch.tensor(soft).to(embeds) * scale if soft else embeds[r, start:start]
+            inputs = {"inputs_embeds": embeds}
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         top = max(q.sampling.top_logprobs for q in queries)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             out = self.model.generate(
-                rows,
+                **inputs,
                 attention_mask=mask,
                 max_new_tokens=queries[0].sampling.max_tokens,
                 do_sample=False,
@@ -131,7 +145,8 @@ class HF:
             )
         logprobs = [logits.float().log_softmax(-1).topk(top) for logits in out.logits] if top else []
         done = []
-        for r, (new, query) in enumerate(zip(out.sequences[:, width:].tolist(), queries, strict=True)):
+        made = out.sequences if "inputs_embeds" in inputs else out.sequences[:, width:]  # without ids it returns the answer only
+        for r, (new, query) in enumerate(zip(made.tolist(), queries, strict=True)):
             end = next((k for k, token in enumerate(new) if token in self.ends), len(new))
             want = query.sampling.top_logprobs
             best = tuple(
@@ -177,23 +192,57 @@ class HF:
         return ids
 
     def prompt_ids(self, chat: Chat) -> list[int]:
-        """Token ids of a chat; an empty one is bare text, which begins with the token that begins a text."""
+        """Token ids of a chat; an empty one is bare text, which begins with the token that begins a text.
+
+        Raises:
+            UsageError: A message has embeddings that belong to no token.
+        """
         if not chat:
             bos = self.tokenizer.bos_token_id
             return [self.pad if bos is None else bos]
+        if any(m.soft for m in chat):
+            raise UsageError("a message with soft embeddings has no token ids; it can only be answered")
         return self.ids(self.render(chat))
+
+    def _written(self, chat: Chat) -> tuple[list[int], tuple[tuple[float, ...], ...], int]:
+        """Token ids, the embeddings that take the place of some of them, and where those begin."""
+        softened = [i for i, m in enumerate(chat) if m.soft]
+        if not softened:
+            return self.prompt_ids(chat), (), 0
+        if len(softened) > 1 or {len(v) for v in chat[softened[0]].soft} != {self.embedding.shape[1]}:
+            raise UsageError(f"one message may have soft embeddings, each of width {self.embedding.shape[1]}")
+        i = softened[0]
+        marked = replace(chat[i], text=chat[i].text + _MARK, soft=())
+        before, after = (self.ids(part) for part in self.render((*chat[:i], marked, *chat[i + 1 :])).split(_MARK))
+        soft = chat[i].soft
+        return [*before, *[self.pad] * len(soft), *after], soft, len(before)
 
     def text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist()))
 
-    def frame(self, chat: Chat, control: str, affirmative: str) -> Frame:
-        """Tokenize `chat` with `control` appended to its last user message, cut at the control's borders."""
-        last = max(i for i, m in enumerate(chat) if m.role == "user")
-        marked = replace(chat[last], text=f"{chat[last].text} {_MARK}")
-        head, tail = self.render((*chat[:last], marked, *chat[last + 1 :])).split(_MARK)
-        # The space before the control belongs to its first token in most vocabularies, as users type it.
-        head = head[:-1]
-        parts = [self.ids(part) for part in (head, f" {control}", tail, affirmative)]
+    def frame(self, chat: Chat, control: str, affirmative: str, place: Place = "suffix") -> Frame:
+        """Tokenize `chat` with `control` before or after its last user message, cut at the control's borders.
+
+        Raises:
+            UsageError: There is no user message, the control or the affirmative has no tokens, or the context is too short.
+        """
+        last = max((i for i, m in enumerate(chat) if m.role == "user"), default=None)
+        if last is None:
+            raise UsageError("a control goes with a user message, and the chat has none; give one")
+        text = chat[last].text
+        marked = replace(chat[last], text=f"{text} {_MARK}" if place == "suffix" else f"{_MARK} {text}")
+        cut = self.render((*chat[:last], marked, *chat[last + 1 :])).split(_MARK)
+        if len(cut) != 2:
+            raise UsageError(f"the chat template of '{self.name}' writes the user's text {len(cut) - 1} times; a control needs one place")
+        head, tail = cut
+        if place == "suffix":  # the space before the control belongs to its first token in most vocabularies, as users type it
+            head, control = head[:-1], f" {control}"
+        parts = [self.ids(part) for part in (head, control, tail, affirmative)]
+        for what, ids, given in (("control", parts[1], control), ("affirmative", parts[3], affirmative)):
+            if not ids:
+                raise UsageError(f"the {what} {given!r} has no tokens under '{self.name}'; give some text")
+        if (length := sum(map(len, parts))) > (room := getattr(self.model.config, "max_position_embeddings", 1 << 30)):
+            raise UsageError(f"request, control and affirmative have {length} tokens; '{self.name}' reads {room}; give a shorter request")
         return Frame(*(torch.tensor(p, dtype=torch.long, device=self.device) for p in parts))
 
     def candidates(self, ascii_only: bool) -> Tensor:
@@ -230,31 +279,181 @@ class HF:
         logits = logits * scale if scale != 1 else logits
         return (logits / cap).tanh() * cap if cap else logits
 
-    def _nll(self, embeds_or_ids: dict[str, Tensor], targets: Tensor, span: slice) -> Tensor:
-        """float32 (n, len(span)): negative log-likelihood of each target. The head, dearer than the body, sees the span only."""
-        hidden = self.model.base_model(**embeds_or_ids).last_hidden_state[:, span.start - 1 : span.stop - 1]
-        logits = self.head(hidden)  # (n, len(span), vocabulary)
-        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """float32 (k,): negative log-likelihood of `targets` (k,) by the hidden states (k, width) before them."""
+        if torch.is_grad_enabled():
+            return F.cross_entropy(self.head(hidden), targets, reduction="none")
+        # In slices, so that the logits, by far the largest tensor, stay in the cache and out of memory.
+        at_once = max(1, (1 << 26 if self.device.type == "cuda" else 1 << 21) // len(self.embedding))
+        slices = zip(torch.split(hidden, at_once), torch.split(targets, at_once), strict=True)
+        return torch.cat([F.cross_entropy(self.head(h), t, reduction="none") for h, t in slices])
 
-    @torch.inference_mode()
-    def loss(self, rows: Tensor, span: slice) -> Tensor:
-        """float32 (n,): mean negative log-likelihood in nats of `rows[:, span]`; rows are int64 (n, length)."""
-        _check(span, rows.shape[1])
-        self.compute.tokens += rows.numel()
-        at_once = max(1, _TOKENS_AT_ONCE // rows.shape[1])
-        return torch.cat([self._nll({"input_ids": part}, part[:, span], span).mean(1) for part in torch.split(rows, at_once)])
+    @torch.no_grad()
+    def loss(
+        self, rows: Sequence[Tensor] | Tensor, scored: int, near: Tensor | None = None, exact: bool = True, reduce: Reduce | None = None
+    ) -> Tensor:
+        """float32 (n,): mean negative log-likelihood in nats of the last `scored` tokens of each row; see `WhiteBox.loss`."""
+        for row in rows:
+            self._check(len(row), scored)
+        found = torch.empty(len(rows), scored, device=self.device)
+        with self._lock:
+            for index, hidden in self._hidden(list(rows), scored, near, exact):
+                targets = torch.stack([rows[i][-scored:] for i in index])
+                found[index] = self._nll(hidden.flatten(0, 1), targets.flatten()).view(len(index), scored)
+        return (reduce or _mean)(found)
 
-    def gradient(self, row: Tensor, at: slice, span: slice) -> Tensor:
-        """float32 (len(at), vocabulary): gradient of the loss over `span` by the one-hot of each token in `at`."""
-        _check(span, len(row))
-        self.compute.tokens += row.numel()
+    def _hidden(self, rows: list[Tensor], scored: int, near: Tensor | None, exact: bool) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices of rows, hidden states (rows, scored, width) before their scored tokens), batch by batch."""
+        waiting = list(range(len(rows)))
+        while waiting:
+            try:
+                if near is None or not self._shares:
+                    done = self._plain_batch(rows, waiting, scored)
+                else:
+                    done = self._shared_batch(rows, waiting, scored, near, exact)
+            except NotShared:
+                self._shares = False
+                continue
+            except torch.OutOfMemoryError:
+                if self._tokens_at_once <= 256:
+                    raise
+                self._tokens_at_once //= 2
+                torch.cuda.empty_cache()
+                continue
+            yield done
+            waiting = [i for i in waiting if i not in set(done[0])]
+
+    def _plain_batch(self, rows: list[Tensor], waiting: list[int], scored: int) -> tuple[list[int], Tensor]:
+        index = next(iter(self._by_length([len(rows[i]) for i in waiting], self._tokens_at_once)))
+        index = [waiting[i] for i in index]
+        ids = self._pad_right([rows[i].tolist() for i in index])
+        self.compute.tokens += ids.numel()
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return index, torch.stack([hidden[r, len(rows[i]) - scored - 1 : len(rows[i]) - 1] for r, i in enumerate(index)])
+
+    def _shared_batch(self, rows: list[Tensor], waiting: list[int], scored: int, near: Tensor, exact: bool) -> tuple[list[int], Tensor]:
+        keys = self._keys(near[:-1])
+        self.compute.tokens += len(near) if len(waiting) == len(rows) else 0
+        own: dict[tuple[int, ...], list[int]] = {}
+        for i in waiting:
+            own.setdefault(_own(rows[i], near, scored, exact), []).append(i)
+        index: list[int] = []
+        parts: list[tuple[list[int], Tensor]] = []
+        tokens = 0
+        for places, members in sorted(own.items()):
+            room = max(0 if tokens else 1, (self._tokens_at_once - tokens) // len(places))
+            if chosen := members[:room]:
+                parts.append((chosen, torch.tensor(places, device=self.device)))
+                index += chosen
+                tokens += len(chosen) * len(places)
+        branches, start = [], 0
+        for chosen, at in parts:
+            kept = torch.arange(int(at[-1]), device=self.device)
+            branches.append(branch(start, len(chosen), at, kept[~torch.isin(kept, at)], self.model.dtype))
+            start += len(chosen) * len(at)
+        self.compute.tokens += tokens
+        ids = torch.cat([torch.stack([rows[i][at] for i in chosen]).flatten() for chosen, at in parts])
+        positions = torch.cat([at.repeat(len(chosen)) for chosen, at in parts])
+        hidden = self._pass(keys, branches, positions, input_ids=ids[None])
+        ends = [hidden[b.start : b.start + b.rows * len(b.own)].view(b.rows, len(b.own), -1)[:, -scored:] for b in branches]
+        return index, torch.cat(ends)
+
+    def _pass(self, keys: Keys | None, branches: Sequence[Branch], at: Tensor, **inputs: Tensor) -> Tensor:
+        """Hidden states (tokens, width) of packed branches, whose tokens have the positions `at`."""
+        with shared(self.model.config, keys, branches):
+            hidden: Tensor = self.model.base_model(**inputs, position_ids=at[None], use_cache=False).last_hidden_state[0]
+        return hidden
+
+    @torch.no_grad()
+    def _keys(self, row: Tensor) -> Keys:
+        """The keys and values of a row. Blocks that it shares with the last row are not computed again.
+
+        Always in the same blocks, so that the last bits do not depend on what was computed before: a run that is gone on
+        with must find what it found.
+        """
+        if self._near is None or not self._near.row.equal(row):
+            done = self._near.shared(row) // BLOCK * BLOCK if self._near else 0
+            layers = [(k[:, :, :done], v[:, :, :done]) for k, v in self._near.layers] if self._near and done else []
+            for start in range(done, len(row), BLOCK):
+                at = torch.arange(start, min(start + BLOCK, len(row)), device=self.device)
+                block = branch(0, 1, at, torch.arange(start, device=self.device), self.model.dtype)
+                with shared(self.model.config, Keys(row, layers), [block], collect=True) as own:
+                    self.model.base_model(input_ids=row[None, at], position_ids=at[None], use_cache=False)
+                joined = (
+                    [tuple(torch.cat(x, 2) for x in zip(*pair, strict=True)) for pair in zip(layers, own, strict=True)] if layers else own
+                )
+                layers = [(k, v) for k, v in joined]
+            self._near = Keys(row, layers)
+        return self._near
+
+    def _soft(self, row: Tensor, start: int, embeds: Tensor, scored: int, near: bool = False) -> Tensor:
+        """float32 (n, scored): losses of the last tokens of `row` where embeddings (n, len(row) - start - 1, width) stand from `start` on."""
+        hidden = self._behind(row[:start], embeds, row[:-1] if near else None)[:, -scored:]
+        return self._nll(hidden.flatten(0, 1), row[-scored:].repeat(len(embeds))).view(len(embeds), scored)
+
+    def _behind(self, before: Tensor, embeds: Tensor, near: Tensor | None = None) -> Tensor:
+        """Hidden states (n, m, width) of `embeds` (n, m, width) behind the tokens `before`, with which the row `near` begins too."""
+        n, m, width = embeds.shape
+        start = len(before)
+        self.compute.tokens += start + n * m
+        if self._shares:
+            try:
+                keys = self._keys(before if near is None else near) if start else None
+                at = torch.arange(start, start + m, device=self.device)
+                packed = branch(0, n, at, torch.arange(start, device=self.device), self.model.dtype)
+                return self._pass(keys, [packed], at.repeat(n), inputs_embeds=embeds.reshape(1, n * m, width)).view(n, m, -1)
+            except NotShared:
+                self._shares = False
+        whole = torch.cat([self._embedded(before).expand(n, -1, -1), embeds], dim=1)
+        hidden: Tensor = self.model.base_model(inputs_embeds=whole, use_cache=False).last_hidden_state[:, start:]
+        return hidden
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """The embeddings of tokens, as the first layer receives them."""
+        found: Tensor = self.model.get_input_embeddings()(ids)
+        return found
+
+    def gradient(self, row: Tensor, at: slice, scored: int, reduce: Reduce | None = None) -> Tensor:
+        """float32 (len(at), vocabulary): gradient of the loss of the last `scored` tokens by the one-hot of each token in `at`."""
+        self._check(len(row), scored)
         self.compute.gradients += 1
         scale = getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)  # Gemma 3 scales in the lookup
-        embeds = (self.embedding[row] * scale).requires_grad_()  # (length, width)
-        loss = self._nll({"inputs_embeds": embeds[None]}, row[None, span], span).mean()
-        (by_embedding,) = torch.autograd.grad(loss, embeds)
+        with self._lock, torch.enable_grad():
+            start = min(at.start, len(row) - 1 - scored)  # the first scored token is predicted by the one before it
+            embeds = self._embedded(row[start:-1]).detach().requires_grad_()
+            loss = (reduce or _mean)(self._soft(row, start, embeds[None], scored, near=True))
+            (by_embedding,) = torch.autograd.grad(loss.sum(), embeds)
         # The one-hot enters by one matrix product, so its gradient is that product's transpose.
-        return (by_embedding[at] * scale @ self.embedding.T).float()
+        grad = (by_embedding[at.start - start : at.stop - start] * scale @ self.embedding.T).float()
+        return F.pad(grad, (0, 0, 0, at.stop - at.start - len(grad)))  # nothing follows the last token: its gradient is zero
+
+    def soft_loss(self, frame: Frame, controls: Tensor) -> Tensor:
+        """float32 (n,): the loss of `frame` with embeddings (n, length, width) for its control; differentiable by them."""
+        self.compute.gradients += len(controls)
+        scale = getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)
+        row = torch.cat([frame.before, frame.control.new_zeros(controls.shape[1]), frame.after, frame.affirmative])
+        rest = self._embedded(torch.cat([frame.after, frame.affirmative[:-1]])).expand(len(controls), -1, -1)
+        embeds = torch.cat([controls.to(rest.dtype) * scale, rest], dim=1)
+        with self._lock:
+            return self._soft(row, len(frame.before), embeds, len(frame.affirmative)).mean(1)
+
+    def soft_logprobs(self, frame: Frame, controls: Tensor, at: slice) -> Tensor:
+        """float32 (n, len(at), vocabulary): log-probabilities of all tokens at the positions `at`; see `WhiteBox.soft_logprobs`."""
+        row = torch.cat([frame.before, frame.control.new_zeros(controls.shape[1]), frame.after, frame.affirmative])
+        if not 0 < at.start < at.stop <= len(row):
+            raise ValueError(
+                f"positions must lie in 1..{len(row) - 1}, for the first token is predicted by none; got {at.start}..{at.stop - 1}"
+            )
+        self.compute.gradients += len(controls) if controls.requires_grad else 0
+        scale = getattr(self.model.get_input_embeddings(), "embed_scale", 1.0)
+        start = max(0, min(len(frame.before), at.start) - 1)  # the token whose hidden state predicts the first of them
+        head, tail = (
+            self._embedded(part).expand(len(controls), -1, -1)
+            for part in (frame.before[start:], torch.cat([frame.after, frame.affirmative]))
+        )
+        embeds = torch.cat([head, controls.to(head.dtype) * scale, tail], dim=1)[:, : at.stop - 1 - start]
+        with self._lock:
+            return self.head(self._behind(row[:start], embeds)[:, at.start - 1 - start :]).log_softmax(-1)
 
     @torch.inference_mode()
     def logprobs(self, texts: Sequence[tuple[Chat, str]]) -> list[Tensor]:
@@ -264,7 +463,7 @@ class HF:
         """
         cut = [(self.prompt_ids(chat), self.ids(text)) for chat, text in texts]
         found: dict[int, Tensor] = {}
-        for batch in self._by_length([len(a) + len(b) for a, b in cut]):
+        for batch in self._by_length([len(a) + len(b) for a, b in cut], _TOKENS_AT_ONCE):
             rows = self._pad_right([cut[i][0] + cut[i][1] for i in batch])
             self.compute.tokens += rows.numel()
             hidden = self.model.base_model(input_ids=rows).last_hidden_state
@@ -275,16 +474,20 @@ class HF:
                 found[i] = -F.cross_entropy(logits, picked, reduction="none")
         return [found[i] for i in range(len(texts))]
 
-    def _by_length(self, lengths: Sequence[int]) -> Iterable[list[int]]:
-        """Indices in batches of at most `_TOKENS_AT_ONCE` padded tokens, alike lengths together."""
+    def _by_length(self, lengths: Sequence[int], at_once: int) -> Iterable[list[int]]:
+        """Indices in batches of at most `at_once` padded tokens, alike lengths together."""
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            if batch and (len(batch) + 1) * lengths[i] > at_once:
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
+
+    def _check(self, length: int, scored: int) -> None:
+        if not 0 < scored < length:
+            raise ValueError(f"scored must lie in 1..{length - 1}, for the first token is predicted by none; got {scored}")
 
     def _pad_right(self, rows: list[list[int]]) -> Tensor:
         # Causal attention never looks right, so the padding needs no mask.
@@ -292,9 +495,20 @@ class HF:
         return torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
 
 
-def _check(span: slice, length: int) -> None:
-    if not 0 < span.start < span.stop <= length:
-        raise ValueError(f"span must lie in 1..{length} and hold a token, got {span.start}..{span.stop}")
+def _mean(losses: Tensor) -> Tensor:
+    return losses.mean(1)
+
+
+def _own(row: Tensor, near: Tensor, scored: int, exact: bool) -> tuple[int, ...]:
+    """The positions that a row must compute itself: all from its first change on, or only its changes and the scored ones."""
+    last = len(row) - 1  # nothing is read off the last token
+    tail = last - scored
+    if exact:
+        n = min(last, len(near) - 1)
+        same = int((row[:n] == near[:n]).int().cumprod(0).sum())
+        return tuple(range(min(same, tail), last))
+    changed = (row[:tail] != near[:tail]).nonzero().flatten().tolist()
+    return (*changed, *range(tail, last))
 
 
 class _RowNoise(LogitsProcessor):  # type: ignore[misc]

@@ -97,6 +97,8 @@ class OpenAI:
             stop.set()  # after a TargetError or Ctrl-C, what is still under way does not try again
 
     def _answer(self, query: Query, stop: Event) -> Completion:
+        if any(m.soft for m in query.chat):
+            return Completion("", finish="error", error=f"{self.name}: soft embeddings cannot be sent to an endpoint; attack a local model")
         for attempt in range(self.retries + 1):
             try:
                 return _read(self._send(self._request(query)))

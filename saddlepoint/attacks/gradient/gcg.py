@@ -1,22 +1,26 @@
 """GCG: a suffix found token by token with gradients, so that the model begins its answer with the affirmative.
 
 Source:  Zou et al. 2023, "Universal and Transferable Adversarial Attacks on Aligned Language Models",
-         https://arxiv.org/abs/2307.15043
+         https://arxiv.org/abs/2307.15043; buffer: Hayase et al. 2024, https://arxiv.org/abs/2402.12329;
+         probe sampling: Zhao et al. 2024, https://arxiv.org/abs/2403.01251
 Differs: a candidate must come back unchanged when the whole prompt, not the suffix alone, is decoded and tokenized
-         again, because tokens merge with their neighbors; the best suffix seen is tested, not the last; equal candidates
-         are evaluated once; the search judge's word on a whole answer ends it, not a match of the first tokens.
-Cost:    num_steps * (1 gradient + up to search_width forward passes), and one query per test_steps.
+         again, because tokens merge with their neighbors; equal candidates are evaluated once; the best suffix seen is
+         tested, not the last; the search judge's word on a whole answer ends it, not a match of the first tokens.
+         Parameters are called as in nanoGCG; mellowmax is taken over negative log-likelihoods, not raw logits. Without a
+         draft model, probe sampling screens with the target itself, which then keeps the tokens between a change and
+         the affirmative as they were: no second model is needed.
+Cost:    num_steps * (1 gradient + up to search_width candidates), and one query per test_steps.
 """
 
 from typing import Annotated
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor
 
-from saddlepoint.errors import UsageError
+from saddlepoint.attacks._gradient import draft_losses, framed, is_sure, mellowmax, propose, rank_correlation, row, rows, slots, weights
 from saddlepoint.registry import attack
-from saddlepoint.types import Ask, Behavior, Context, Steps, user
+from saddlepoint.types import Ask, Behavior, Context, Steps, WhiteBox, user
 
 
 @attack(paper="https://arxiv.org/abs/2307.15043", access="white-box")
@@ -24,77 +28,87 @@ def gcg(
     behavior: Behavior,
     ctx: Context,
     *,
-    num_steps: Annotated[int, Ge(1)] = 100,
-    search_width: Annotated[int, Ge(1)] = 64,
+    num_steps: Annotated[int, Ge(1)] = 250,
+    search_width: Annotated[int, Ge(1)] = 256,
+    batch_size: Annotated[int, Ge(1)] | None = None,
     topk: Annotated[int, Ge(1)] = 256,
     n_replace: Annotated[int, Ge(1)] = 1,
-    optim_str_init: str = "! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! !",
+    buffer_size: Annotated[int, Ge(0)] = 0,
+    use_mellowmax: bool = False,
+    mellowmax_alpha: Annotated[float, Gt(0)] = 1.0,
+    early_stop: bool = False,
+    use_prefix_cache: bool = True,
     allow_non_ascii: bool = False,
     filter_ids: bool = True,
-    test_steps: Annotated[int, Ge(1)] = 10,
+    optim_str_init: str = "x x x x x x x x x x x x x x x x x x x x",
+    probe_sampling: bool = False,
+    draft: WhiteBox = "",  # type: ignore[assignment]
+    r: Annotated[float, Ge(1)] = 8.0,
+    sampling_factor: Annotated[int, Ge(1)] = 16,
+    test_steps: Annotated[int, Ge(1)] = 25,
 ) -> Steps:
     """Search a suffix by greedy coordinate gradient; try the best one on the model after every `test_steps` steps.
 
     Args:
         num_steps: Gradient steps.
         search_width: Candidates drawn in each step (the paper's B, 512).
+        batch_size: Candidates evaluated at once; None lets the model choose by its memory.
         topk: Tokens per slot from which candidates are drawn.
         n_replace: Slots changed in one candidate.
-        optim_str_init: The suffix to begin with; its token count stays.
+        buffer_size: Keep so many best suffixes and always change the best; 0 goes on from each step's best, as the paper.
+        use_mellowmax, mellowmax_alpha: Lower a soft maximum of the tokens' losses, of this sharpness, instead of their mean.
+        early_stop: End once every token of the affirmative is more likely than all others together.
+        use_prefix_cache: Compute what candidates share once.
         allow_non_ascii: Whether candidates may hold other characters.
         filter_ids: Drop candidates that do not survive decoding and tokenizing.
+        optim_str_init: The suffix to begin with; its token count stays.
+        probe_sampling: Screen candidates cheaply and evaluate only the promising ones.
+        draft: The model that screens; the target itself if empty.
+        r, sampling_factor: At most 1/r of the candidates pass the screen; 1/sampling_factor probe how far it can be trusted.
         test_steps: Steps between two queries.
     """
-    model = ctx.whitebox
-    if model is None:
-        raise UsageError("gcg needs the target's weights; run it on a local model")
-    chat = user(behavior.prompt, behavior.system)
-    frame = model.frame(chat, optim_str_init, behavior.affirmative.strip() or "Sure, here is")
+    model = weights(ctx, "gcg")
+    frame = framed(model, behavior, optim_str_init)
     generator = torch.Generator().manual_seed(ctx.rng.getrandbits(63))
     allowed = model.candidates(ascii_only=not allow_non_ascii)
-    at = slice(len(frame.before), len(frame.before) + len(frame.control))
-    span = slice(at.stop + len(frame.after), at.stop + len(frame.after) + len(frame.affirmative))
+    reduce = mellowmax(mellowmax_alpha) if use_mellowmax else None
+    scored = len(frame.affirmative)
 
-    control = best = frame.control  # (length,)
+    def evaluate(drawn: Tensor, near: Tensor, exact: bool = True) -> Tensor:
+        parts = torch.split(rows(frame, drawn), batch_size or len(drawn))
+        return torch.cat([model.loss(part, scored, row(frame, near) if use_prefix_cache else None, exact, reduce) for part in parts])
+
+    def probed(drawn: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        cheap = draft_losses(draft, model, behavior, drawn) if draft else evaluate(drawn, near, exact=False)
+        probe = torch.randperm(len(drawn), generator=generator)[: max(2, len(drawn) // sampling_factor)].to(drawn.device)
+        losses = evaluate(drawn[probe], near)
+        trust = (1 + rank_correlation(losses, cheap[probe])) / 2
+        passed = cheap.argsort()[: max(1, round((1 - trust) * len(drawn) / r))]
+        passed = passed[~torch.isin(passed, probe)]
+        if not len(passed):
+            return drawn[probe], losses
+        return drawn[torch.cat([probe, passed])], torch.cat([losses, evaluate(drawn[passed], near)])
+
+    control = best = frame.control  # (L,)
     lowest = float("inf")
+    buffer: list[tuple[float, Tensor]] = []
     for step in range(1, num_steps + 1):
-        row = torch.cat([frame.before, control, frame.after, frame.affirmative])
-        grad = model.gradient(row, at, span)  # (length, vocabulary)
-        drawn = torch.unique(propose(control, grad, allowed, search_width, topk, n_replace, generator), dim=0)
+        grad = model.gradient(row(frame, control), slots(frame), scored, reduce)  # (L, vocabulary)
+        drawn = propose(control, grad, allowed, search_width, topk, n_replace, generator)
         if filter_ids:
             drawn = drawn[model.survives(frame, drawn)]
         if len(drawn):
-            n = len(drawn)
-            parts = (frame.before.expand(n, -1), drawn, frame.after.expand(n, -1), frame.affirmative.expand(n, -1))
-            losses = model.loss(torch.cat(parts, dim=1), span)  # (n,)
+            tried, losses = probed(drawn, control) if probe_sampling else (drawn, evaluate(drawn, control))
             # The best candidate is taken even where it is worse than the present one: GCG does not climb greedily.
-            control = drawn[losses.argmin()]
-            if float(losses.min()) < lowest:
-                lowest, best = float(losses.min()), control
-        if step % test_steps == 0 or step == num_steps:
+            loss, control = float(losses.min()), tried[losses.argmin()]
+            if loss < lowest:
+                lowest, best = loss, control
+            if buffer_size:
+                buffer = sorted([*buffer, (loss, control)], key=lambda kept: kept[0])[:buffer_size]
+                control = buffer[0][1]
+        ctx.tell(f"step {step} of {num_steps}, loss {lowest:.3f}")
+        sure = early_stop and is_sure(model, frame, best)
+        if sure or step % test_steps == 0 or step == num_steps:
             (reply,) = yield [Ask(user(behavior.prompt + model.text(best), behavior.system))]
-            if reply.unsafe:
+            if reply.unsafe or sure:
                 return
-
-
-def propose(control: Tensor, grad: Tensor, allowed: Tensor, width: int, topk: int, n_replace: int, generator: torch.Generator) -> Tensor:
-    """Draw candidates that differ from `control` in `n_replace` slots, evenly over the slots.
-
-    Args:
-        control: int64 (length,).
-        grad: float32 (length, vocabulary), gradient of the loss by each one-hot.
-        allowed: bool (vocabulary,).
-
-    Returns:
-        int64 (width, length).
-    """
-    length = len(control)
-    scores = (-grad).masked_fill(~allowed, -torch.inf)
-    top = scores.topk(min(topk, int(allowed.sum())), dim=1).indices  # (length, topk)
-    rows = control.repeat(width, 1)
-    # Evenly spaced slots, as in the authors' code: each gets width / length candidates. They begin anywhere, because
-    # with fewer candidates than slots some slots would else never change.
-    first = torch.arange(width) * length // width + torch.randint(length, (1,), generator=generator)
-    slots = torch.stack([(first + k * max(1, length // n_replace)) % length for k in range(n_replace)], dim=1)  # (width, n_replace)
-    picks = torch.randint(top.shape[1], slots.shape, generator=generator)
-    return rows.scatter(1, slots.to(rows.device), top[slots, picks].to(rows.device))

@@ -1,0 +1,23 @@
+"""Replay: ask with the text that a universal attack found before, on this model or on another one.
+
+Source:  Zou et al. 2023, "Universal and Transferable Adversarial Attacks on Aligned Language Models",
+         https://arxiv.org/abs/2307.15043
+Differs: in nothing; this is the transfer of section 3.2, for the text of any attack.
+Cost:    1 query, no gradients; what the search cost stands in the run that made the artifact.
+"""
+
+from saddlepoint.errors import UsageError
+from saddlepoint.registry import attack
+from saddlepoint.types import Artifact, Ask, Behavior, Context, Steps, user
+
+
+@attack(paper="https://arxiv.org/abs/2307.15043", access="black-box")
+def replay(behavior: Behavior, ctx: Context, *, artifact: Artifact | None = None) -> Steps:
+    """Put the artifact's text to the request and ask once.
+
+    Args:
+        artifact: A file that a run with a universal attack wrote into its folder `artifacts/`.
+    """
+    if artifact is None:
+        raise UsageError("replay needs what it replays: replay(artifact='runs/.../artifacts/....json')")
+    yield [Ask(user(artifact.applied(behavior.prompt), behavior.system))]

@@ -1,0 +1,100 @@
+"""One forward pass over many rows that resemble one row: what they share with it is taken from its keys and values.
+
+Every row's own tokens are packed behind one another, without padding; a token attends to the keys of the near row that
+stand before it and are not replaced, and to its own row's tokens up to itself. The rest of the model sees one long row.
+It serves any model that takes its attention from the transformers registry; `NotShared` says that one does not.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "saddlepoint_tree"
+BLOCK = 64  # tokens whose keys are computed, kept and used again together
+_now = threading.local()
+
+
+class NotShared(Exception):
+    """The model's attention cannot be computed this way; compute the rows in full."""
+
+
+@dataclass
+class Keys:
+    """The keys and values of one row: a (1, heads, tokens, width) pair for each layer."""
+
+    row: Tensor  # int64 (tokens,)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def shared(self, row: Tensor) -> int:
+        """How many tokens `row` begins with that this row begins with too."""
+        n = min(len(row), len(self.row))
+        return int((row[:n] == self.row[:n]).int().cumprod(0).sum())
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Rows that replace the same positions. Their tokens lie packed at `start`, row after row."""
+
+    start: int
+    rows: int
+    own: Tensor  # int64 (m,): the positions that each row computes, rising
+    kept: Tensor  # int64 (c,): the positions whose keys it takes from the near row
+    bias: Tensor  # (m, c + m): 0 where a token may look, else -inf
+
+
+def branch(start: int, rows: int, own: Tensor, kept: Tensor, dtype: torch.dtype) -> Branch:
+    sees = torch.cat([kept[None] < own[:, None], own[None] <= own[:, None]], dim=1)
+    return Branch(start, rows, own, kept, torch.zeros(sees.shape, dtype=dtype, device=own.device).masked_fill_(~sees, -torch.inf))
+
+
+@contextmanager
+def shared(config: Any, near: Keys | None, branches: Sequence[Branch], collect: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """While it is open, the model of `config` attends as the branches say, and its own keys are collected if wanted."""
+    before = config._attn_implementation
+    caught: list[tuple[Tensor, Tensor]] = []
+    _now.near, _now.branches, _now.caught = near, branches, caught if collect else None
+    config._attn_implementation = NAME
+    try:
+        yield caught
+    finally:
+        config._attn_implementation = before
+        _now.near = _now.branches = _now.caught = None
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **other: Any
+) -> tuple[Tensor, None]:
+    window = other.get("sliding_window")
+    if (
+        other.get("softcap") is not None
+        or other.get("s_aux") is not None
+        or (window and any(int(b.own[-1]) >= window for b in _now.branches))
+    ):
+        raise NotShared
+    if _now.caught is not None:
+        _now.caught.append((key, value))
+    _, heads, tokens, width = query.shape
+    groups = key.shape[1]
+    folded = heads // groups  # query heads that read one key head; they are laid out as more rows of it
+    parts = []
+    for b in _now.branches:
+        n, m = b.rows, len(b.own)
+        span = slice(b.start, b.start + n * m)
+        q = query[0, :, span].reshape(groups, folded, n, m, width).permute(2, 0, 1, 3, 4).reshape(n, groups, folded * m, width)
+        k, v = (x[0, :, span].reshape(groups, n, m, x.shape[-1]).transpose(0, 1) for x in (key, value))
+        if len(b.kept):
+            near = (x[0, :, b.kept].expand(n, -1, -1, -1) for x in _now.near.layers[module.layer_idx])
+            k, v = (torch.cat(pair, dim=2) for pair in zip(near, (k, v), strict=True))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=b.bias.repeat(folded, 1), scale=scaling)
+        parts.append(o.reshape(n, groups, folded, m, v.shape[-1]).permute(0, 3, 1, 2, 4).reshape(n * m, heads, v.shape[-1]))
+    return torch.cat(parts)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
