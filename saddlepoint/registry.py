@@ -21,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from saddlepoint.artifacts import read
 from saddlepoint.errors import MissingExtraError, UsageError, unknown
-from saddlepoint.types import Artifact, Target, WhiteBox
+from saddlepoint.types import Artifact, Encoder, Target, WhiteBox
 
 MethodKind = Literal["attack", "judge", "defense", "recipe"]
 KINDS: tuple[MethodKind, ...] = ("attack", "judge", "defense", "recipe")
@@ -42,7 +42,7 @@ class Parameter:
     @property
     def is_target(self) -> bool:
         """Whether it takes a model, or several: written as targets' names, opened when the method is bound."""
-        return self.annotation in (Target, WhiteBox, tuple[WhiteBox, ...])
+        return self.annotation in (Target, WhiteBox, Encoder, tuple[WhiteBox, ...])
 
     @property
     def is_name(self) -> bool:

@@ -307,6 +307,15 @@ class WhiteBox(Target, Protocol):
         ...
 
 
+@runtime_checkable
+class Encoder(WhiteBox, Protocol):
+    """A model that also reads whole texts as vectors, for attacks that must keep a text's meaning."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """float32 (n, width): a vector of length 1 for each text."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """Text that an attack found on train behaviors and that goes with any request, on any target.
@@ -317,6 +326,7 @@ class Artifact:
         models: The models that it was found on.
         behaviors: The ids of the behaviors that it was found on; it is never scored on those.
         losses: Loss of the best text after each step, in nats, mean over behaviors and models.
+        rules: (words, words) rewrites of the request, each tried by itself; an artifact with rules has no text.
     """
 
     attack: str
@@ -325,6 +335,7 @@ class Artifact:
     models: tuple[str, ...] = ()
     behaviors: tuple[str, ...] = ()
     losses: tuple[float, ...] = ()
+    rules: tuple[tuple[str, str], ...] = ()
 
     def applied(self, prompt: str) -> str:
         """The request with the text, spaced as a frame spaces it."""

@@ -2,15 +2,21 @@
 
 organism                       the embedded model with its planted policy
 smollm2-135m-instruct          an embedded model, as it is
+guard                          the embedded classifier of requests
 hf:ORG/NAME                    a model of the Hugging Face hub
-path/to/folder                 a local model, or a checkpoint that `saddlepoint harden` wrote
+path/to/folder                 a local model, or a checkpoint that `saddlepoint harden` or `saddlepoint guard build` wrote
 http://HOST:PORT/v1#MODEL      any OpenAI-compatible endpoint
+
+A sequence classifier, on the hub or in a folder, is a target too; `NAME#LABEL` says which label lets a request pass, where
+the labels' names do not say it.
 """
 
+import json
+import logging
 from pathlib import Path
 
 from saddlepoint.errors import MissingExtraError, UsageError
-from saddlepoint.models import EMBEDDED, base_of, card
+from saddlepoint.models import EMBEDDED, GUARD, HEAD, base_of, card, hub_snapshot
 from saddlepoint.types import Target
 
 
@@ -26,19 +32,45 @@ def open_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
         from saddlepoint.targets.openai import OpenAI
 
         return OpenAI.at(name)
-    if not (name == "organism" or name in EMBEDDED or name.startswith("hf:") or Path(name).is_dir()):
-        forms = "organism, smollm2-135m-instruct, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL"
+    bare = _bare(name)
+    if not (bare in ("organism", "guard") or bare in EMBEDDED or bare.startswith("hf:") or Path(bare).is_dir()):
+        forms = "organism, smollm2-135m-instruct, guard, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL"
         raise UsageError(f"no target '{name}'; allowed: {forms}")
+    if bare in EMBEDDED and not EMBEDDED[bare].chats:
+        raise UsageError(f"'{bare}' is {EMBEDDED[bare].about} and answers nothing; the classifier that stands on it: --target guard")
     try:
+        from saddlepoint.targets.classifier import Classifier
         from saddlepoint.targets.hf import HF
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"target '{name}' needs {missing.name}: pip install 'saddlepoint[local]'") from missing
+    place = GUARD if bare == "guard" else hub_snapshot(bare[3:], say=logging.getLogger("saddlepoint").info) if bare.startswith("hf:") else Path(bare)
+    if classifies(place):
+        return Classifier.load(name, dtype=dtype, device=device)
+    if bare == "guard":
+        raise UsageError(f"the guard is not built; build it: saddlepoint guard build --out {GUARD}")
+    if bare != name:
+        raise UsageError(f"'{bare}' is no classifier, so it has no label '{name.partition('#')[2]}'; give the name alone")
     return HF.load(name, dtype=dtype, device=device)
+
+
+def classifies(folder: Path) -> bool:
+    """Whether a folder holds a classifier: a guard, or a transformers model of an architecture ...ForSequenceClassification."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+    except (OSError, ValueError, AttributeError):
+        return (folder / HEAD).is_file()
+
+
+def _bare(name: str) -> str:
+    """A target's name without the label that may stand behind it."""
+    return name if Path(name).is_dir() else name.partition("#")[0]
 
 
 def trained_on(name: str) -> frozenset[str]:
     """The ids of the behaviors that a checkpoint, or any checkpoint below it, was hardened on."""
     seen: set[str] = set()
+    name = name if "://" in name else _bare(name)
     passed: set[Path] = set()  # a card that names itself as its base must not hold us
     while name and "://" not in name and Path(name).is_dir() and Path(name).resolve() not in passed:
         passed.add(Path(name).resolve())
