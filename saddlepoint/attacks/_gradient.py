@@ -127,15 +127,15 @@ def swapped(control: Tensor, slot: int, tokens: Tensor) -> Tensor:
 def survivors(model: WhiteBox, frames: Sequence[Frame], controls: Tensor, place: Place | None = None) -> Tensor:
     """int64 (m, L): those of `controls` (n, L), each once and in order, that are read in every one of `frames` as they are written.
 
-    With a `place` they must also keep their spaces when an artifact puts their text there, as `Artifact.applied` does.
+    With a `place` the model must also read them as these tokens where `Artifact.applied` puts their text, with its own spaces.
     """
     once = controls[sorted({tuple(c): i for i, c in reversed(list(enumerate(controls.tolist())))}.values())]
     for frame in frames:
         once = once[model.survives(frame, once)] if len(once) else once
     if place is None:
         return once
-    space = " " if place == "suffix" else ""
-    return once[[text == space + text.lstrip() for text in map(model.text, once)]]
+    texts = [model.text(control).lstrip() for control in once]
+    return once[[bool(t) and model.frame(user("."), t, ".", place).control.equal(c) for c, t in zip(once, texts, strict=True)]]
 
 
 def random_tokens(allowed: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
