@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 from saddlepoint.errors import UsageError
 from saddlepoint.metrics import Outcome, rate
@@ -72,6 +73,7 @@ def build(out: Path, findings: Sequence[Finding] = ()) -> Path:
     if findings and not evading:
         raise UsageError("no finding of this run evaded the guard, so there is nothing to mend; attack with --split train --judge evasion")
     folder = pull(BASE)
+    logging.disable_progress_bar()
     model = MeanPooled(AutoModel.from_pretrained(folder, use_safetensors=True), LAYER, nn.Linear(1, 1))
     reader = Classifier("encoder", model, AutoTokenizer.from_pretrained(folder), LABELS)
     head = fit(reader.pooled([text for text, _ in taught]), torch.tensor([unsafe for _, unsafe in taught]).long())
@@ -109,8 +111,8 @@ def fit(features: Tensor, unsafe: Tensor) -> nn.Linear:
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():  # the head then reads features as they come
-        head.weight /= scale
-        head.bias -= head.weight @ mean
+        head.weight.div_(scale)
+        head.bias.sub_(head.weight @ mean)
     return head
 
 

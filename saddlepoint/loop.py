@@ -122,7 +122,8 @@ def _score(config: Config, store: Store, policy: Policy, bare: Target, stage: st
         listen.stage(f"{stage}: {'controls' if behaviors is not hazards else f'{len(attacks)} attacks on {len(hazards)} hazards'}")
         for _ in run(campaign(config, policy, target, phase, behaviors, attacks), store, listen.tick):
             pass  # each finding is in the store when it is yielded
-    if isinstance(bare, WhiteBox) and store.read(f"utility:{stage}") is None:
+    if isinstance(bare, WhiteBox) and not hasattr(bare, "labels") and store.read(f"utility:{stage}") is None:
+        # A classifier, which has labels, has no likelihood of text.
         losses = [float(-row.mean()) for row in bare.logprobs([((), text) for text in ordinary()["texts"]])]
         store.note(f"utility:{stage}", losses)
 

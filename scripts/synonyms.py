@@ -29,13 +29,15 @@ def inflected(word: str, form: str, irregular: dict[str, set[str]], vocabulary: 
         if form != "ing":
             stem = re.sub("(?<=[^aeiou])y$", "i", stem)
         made = [stem + form]
-    exceptions = [e for e in irregular.get(word, ()) if form == "ed" and not e.endswith("ing") or form == "s" and e.endswith("s")]
+    exceptions = [e for e in irregular.get(word, ()) if (form == "ed" and not e.endswith("ing")) or (form == "s" and e.endswith("s"))]
     return next((m for m in [*exceptions, *made] if m in vocabulary and m != word), None)
 
 
 def main(wordnet: Path, vocabulary_file: Path) -> None:
     vocabulary = {w for w in vocabulary_file.read_text(encoding="utf-8").split() if re.fullmatch("[a-z]{3,}", w)}
-    license_lines = [re.sub(r"^ *\d+ ?", "", line).rstrip() for line in (wordnet / "data.noun").read_text(encoding="utf-8").splitlines()[:29]]
+    license_lines = [
+        re.sub(r"^ *\d+ ?", "", line).rstrip() for line in (wordnet / "data.noun").read_text(encoding="utf-8").splitlines()[:29]
+    ]
     table: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # (word, part) -> synonyms, the commonest sense first
     for part, short in PARTS.items():
         synsets = {}

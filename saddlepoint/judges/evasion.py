@@ -3,8 +3,10 @@
 Source:  the definition of a semantically equivalent adversary in Ribeiro et al. 2018, "Semantically Equivalent
          Adversarial Rules for Debugging NLP Models", https://aclanthology.org/P18-1079
 Differs: that the meaning is kept is not scored by a translation model: the altered request is asked of a reader that
-         knows the restricted facts and may tell them under clearance, and it is kept if the reader tells the facts. The
-         reader forgives much (a name and a few words can be enough for it), so "kept" means: the request still works.
+         knows the restricted facts and may tell them under clearance, and it is kept if the reader tells the facts. So
+         "kept" means that the request still works on a model behind the classifier, and no more: of the 25 test hazards
+         the organism tells 25 when they are asked for plainly, 21 at the bare name, 13 when asked for the color, 8 when
+         told that a friend likes it, 3 with the name misspelled and none with "it" for the name.
 Cost:    one query to the reader for each altered request that passed; none to the target.
 """
 

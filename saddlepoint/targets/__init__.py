@@ -32,7 +32,7 @@ def open_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
         from saddlepoint.targets.openai import OpenAI
 
         return OpenAI.at(name)
-    bare = _bare(name)
+    bare = bare_name(name)
     if not (bare in ("organism", "guard") or bare in EMBEDDED or bare.startswith("hf:") or Path(bare).is_dir()):
         forms = "organism, smollm2-135m-instruct, guard, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL"
         raise UsageError(f"no target '{name}'; allowed: {forms}")
@@ -43,14 +43,20 @@ def open_target(name: str, dtype: str = "auto", device: str = "auto") -> Target:
         from saddlepoint.targets.hf import HF
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"target '{name}' needs {missing.name}: pip install 'saddlepoint[local]'") from missing
-    place = GUARD if bare == "guard" else hub_snapshot(bare[3:], say=logging.getLogger("saddlepoint").info) if bare.startswith("hf:") else Path(bare)
-    if classifies(place):
+    if classifies(folder_of(bare)):
         return Classifier.load(name, dtype=dtype, device=device)
     if bare == "guard":
         raise UsageError(f"the guard is not built; build it: saddlepoint guard build --out {GUARD}")
     if bare != name:
         raise UsageError(f"'{bare}' is no classifier, so it has no label '{name.partition('#')[2]}'; give the name alone")
     return HF.load(name, dtype=dtype, device=device)
+
+
+def folder_of(bare: str) -> Path:
+    """Where the files of a classifier, or of any local or hub model, lie."""
+    if bare.startswith("hf:"):
+        return hub_snapshot(bare[3:], say=logging.getLogger("saddlepoint").info)
+    return GUARD if bare == "guard" else Path(bare)
 
 
 def classifies(folder: Path) -> bool:
@@ -62,7 +68,7 @@ def classifies(folder: Path) -> bool:
         return (folder / HEAD).is_file()
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """A target's name without the label that may stand behind it."""
     return name if Path(name).is_dir() else name.partition("#")[0]
 
@@ -70,7 +76,7 @@ def _bare(name: str) -> str:
 def trained_on(name: str) -> frozenset[str]:
     """The ids of the behaviors that a checkpoint, or any checkpoint below it, was hardened on."""
     seen: set[str] = set()
-    name = name if "://" in name else _bare(name)
+    name = name if "://" in name else bare_name(name)
     passed: set[Path] = set()  # a card that names itself as its base must not hold us
     while name and "://" not in name and Path(name).is_dir() and Path(name).resolve() not in passed:
         passed.add(Path(name).resolve())

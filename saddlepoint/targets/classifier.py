@@ -8,7 +8,6 @@ the log-probabilities of all labels, the passing one first.
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
-from saddlepoint.models import GUARD, HEAD, card, hub_snapshot, pull
+from saddlepoint.models import HEAD, card, pull
+from saddlepoint.targets import bare_name, folder_of
 from saddlepoint.types import Chat, Completion, Compute, Frame, Place, Query, Reduce, user
 
 PASSES = ("safe", "allowed", "benign", "ok", "harmless", "neutral", "normal", "clean", "non-toxic", "not_toxic", "legit")
@@ -87,15 +87,15 @@ class Classifier:
         allowed = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype not in allowed:
             raise UsageError(f"no dtype '{dtype}'; allowed: {', '.join(allowed)}")
-        bare, _, chosen = name.partition("#") if not Path(name).is_dir() else (name, "", "")
-        folder = GUARD if bare == "guard" else hub_snapshot(bare[3:], say=logging.getLogger("saddlepoint").info) if bare.startswith("hf:") else Path(bare)
+        bare = bare_name(name)
+        folder, chosen = folder_of(bare), name[len(bare) + 1 :]
         hf_logging.disable_progress_bar()
         try:
             if (folder / HEAD).is_file():
                 written = card(folder)
                 base, labels = pull(written["base"], say=logging.getLogger("saddlepoint").info), written["labels"]
                 tensors = load_file(folder / HEAD)
-                head = nn.Linear(*reversed(tensors["weight"].shape))
+                head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
                 head.load_state_dict(tensors)
                 encoder = AutoModel.from_pretrained(base, use_safetensors=True, dtype=torch.float32)
                 model: Any = MeanPooled(encoder, written["layer"], head)
