@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from saddlepoint import artifacts
 from saddlepoint.errors import ContaminationError, UsageError
@@ -123,8 +123,9 @@ def run(campaign: Campaign, store: Store, tell: Callable[[Tick], None] = lambda 
     attempts = []
     for call in campaign.attacks:
         if left := [b for b in campaign.behaviors if (str(call), b.id) not in done]:
-            artifact = _found(campaign, store, call, tell) if call.method.fit else None
-            attempts += [_begin(campaign, store, cells[str(call), b.id], call, b, artifact, tell) for b in left]
+            params = call.bound(open_target)  # once: every behavior shares the models that an attack opens
+            artifact = _found(campaign, store, call, params, tell) if call.method.fit else None
+            attempts += [_begin(campaign, store, cells[str(call), b.id], call, params, b, artifact, tell) for b in left]
     for finished in drive(campaign, store, attempts, tell):
         cases = [[Case(a.behavior, r.ask.chat, r.completion) for r in a.log if r.ask.to == "target"] for a in finished]
         verdicts = iter(judged(campaign.final_judge, [case for each in cases for case in each]))
@@ -182,7 +183,7 @@ def _same(a: Judge, b: Judge) -> bool:
     return parts[0] == parts[1]
 
 
-def _found(campaign: Campaign, store: Store, call: Call, tell: Callable[[Tick], None]) -> Artifact:
+def _found(campaign: Campaign, store: Store, call: Call, params: dict[str, Any], tell: Callable[[Tick], None]) -> Artifact:
     """What a universal attack finds on train behaviors: searched once for a campaign, and kept in the run's folder."""
     fit, key = call.method.fit, f"artifact:{campaign.phase}:{call}"
     known = store.read(key)
@@ -195,7 +196,7 @@ def _found(campaign: Campaign, store: Store, call: Call, tell: Callable[[Tick], 
     began, compute = time.monotonic(), _compute(campaign.target)
     before = (compute.tokens, compute.gradients)
     context = _context(campaign, call, "fit", campaign.examples, None, tell)
-    artifact = replace(fit(behaviors, context, **call.bound(open_target)), attack=str(call))
+    artifact = replace(fit(behaviors, context, **params), attack=str(call))
     cost = {"tokens": compute.tokens - before[0], "gradients": compute.gradients - before[1], "seconds": round(time.monotonic() - began, 1)}
     file = store.path / "artifacts" / f"{re.sub(r'[^a-z0-9.]+', '-', f'{campaign.phase} {call}'.lower()).strip('-')}.json"
     artifacts.write(artifact, file)
@@ -204,9 +205,15 @@ def _found(campaign: Campaign, store: Store, call: Call, tell: Callable[[Tick], 
 
 
 def _begin(
-    campaign: Campaign, store: Store, cell: int, call: Call, behavior: Behavior, artifact: Artifact | None, tell: Callable[[Tick], None]
+    campaign: Campaign,
+    store: Store,
+    cell: int,
+    call: Call,
+    params: dict[str, Any],
+    behavior: Behavior,
+    artifact: Artifact | None,
+    tell: Callable[[Tick], None],
 ) -> Attempt:
-    params = call.bound(open_target)
     for used in (a for a in (artifact, *params.values()) if isinstance(a, Artifact)):
         if not campaign.harvest and (seen := {behavior.id, behavior.pair} & set(used.behaviors)):
             raise ContaminationError(f"the artifact of {used.attack} was found on {seen.pop()}; score it on others: --split test")
