@@ -12,6 +12,7 @@ Cost:    restarts * sweeps * length * batch * (2 gradients + candidates losses o
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Annotated
 
 import torch
@@ -54,27 +55,32 @@ def find(
     generator = torch.Generator().manual_seed(ctx.rng.getrandbits(63))
     allowed = model.candidates(ascii_only)
     every = [framed(model, b, "the", place) for b in behaviors]
-    best, lowest, falls = every[0].control, float("inf"), []
+    seen: list[tuple[float, Tensor]] = []  # (loss over all behaviors, trigger) at the start and after each sweep
+
+    def total(frames: Sequence[Frame], controls: Tensor, near: Tensor) -> Tensor:
+        own = weight * fluency(model, frames, controls) if weight else 0.0
+        return losses(model, frames, controls, near) + own
+
     for restart in range(restarts):
         trigger = random_control(model, every, allowed, length, place, generator)  # (L,)
         every = [replace(f, control=trigger) for f in every]
         frames = sample(every, batch, ctx)
+        seen.append((float(total(every, trigger[None], trigger)), trigger))
         for sweep in range(sweeps):
             begun = trigger
             for slot in range(len(trigger)):
                 grad = gradient(model, frames, trigger) + (weight * fluency_gradient(model, frames, trigger) if weight else 0)
                 tokens = best_tokens(grad, allowed, candidates)[slot]
                 tried = torch.cat([trigger[None], survivors(model, every, swapped(trigger, slot, tokens), place)])
-                found = losses(model, frames, tried, trigger) + (weight * fluency(model, frames, tried) if weight else 0)
+                found = total(frames, tried, trigger)
                 trigger = tried[found.argmin()] if float(found.min()) < float(found[0]) else trigger
-            loss = float(losses(model, every, trigger[None], trigger)) + weight * float(fluency(model, every, trigger[None]))
-            if loss < lowest:
-                lowest, best = loss, trigger
-            falls.append(lowest)
-            ctx.tell(f"start {restart + 1} of {restarts}, sweep {sweep + 1} of at most {sweeps}, loss {lowest:.3f}")
+            seen.append((float(total(every, trigger[None], trigger)), trigger))
+            ctx.tell(f"start {restart + 1} of {restarts}, sweep {sweep + 1} of at most {sweeps}, loss {seen[-1][0]:.3f}")
             if trigger.equal(begun):
                 break
-    return Artifact("uat_lm", model.text(best), place, (model.name,), tuple(b.id for b in behaviors), tuple(falls))
+    best = min(seen, key=lambda scored: scored[0])[1]
+    falls = tuple(accumulate((loss for loss, _ in seen), min))
+    return Artifact("uat_lm", model.text(best), place, (model.name,), tuple(b.id for b in behaviors), falls)
 
 
 @attack(paper="https://arxiv.org/abs/2205.02392", access="white-box", fit=find)
