@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from saddlepoint.targets.classifier import Classifier
     from saddlepoint.targets.hf import HF
 
 TEMPLATE = (
@@ -96,10 +98,71 @@ def tiny(tiny_folder: Path) -> HF:
     return HF.load(str(tiny_folder), dtype="float32", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def tiny_classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random BERT of 2 layers with a WordPiece vocabulary and the labels "safe" and "unsafe"."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    words = sorted({w for s in SENTENCES for w in re.findall("[a-z]+", s.lower())} | {"create", "making", "produce", "brew"})
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = dict.fromkeys([*special, "[unused0]", *words, *letters, *(f"##{c}" for c in letters), "##ing", *".,?!'|<>_"])
+    wordpiece = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.decoder = decoders.WordPiece()
+    wordpiece.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=wordpiece, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        id2label={0: "safe", 1: "unsafe"},
+        label2id={"safe": 0, "unsafe": 1},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(5)  # with which some sentences are safe and some are not
+        model = transformers.BertForSequenceClassification(config)
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tiny_classifier_folder: Path) -> Classifier:
+    """The classifier of `tiny_classifier_folder` on the CPU."""
+    from saddlepoint.targets.classifier import Classifier
+
+    return Classifier.load(str(tiny_classifier_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def guard() -> Classifier:
+    """The shipped guard."""
+    pytest.importorskip("torch")
+    from saddlepoint import models
+    from saddlepoint.errors import ModelError
+    from saddlepoint.targets.classifier import Classifier
+
+    try:
+        models.pull(models.card(models.GUARD)["base"], say=lambda _: None)
+    except ModelError as wrong:
+        pytest.skip(f"the guard's encoder cannot be had: {wrong}")
+    return Classifier.load("guard")
+
+
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Threads only wait for one another on a model this small."""
-    if not {"tiny", "tiny_folder"} & set(request.fixturenames):
+    if not {"tiny", "tiny_folder", "tiny_classifier", "tiny_classifier_folder"} & set(request.fixturenames):
         yield
         return
     torch = pytest.importorskip("torch")

@@ -26,6 +26,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "arca": {"sweeps": 2, "outputs": 2, "candidates": 4, "averaged": 2, "init": "! ! !"},
     "uat_lm": {"sweeps": 2, "candidates": 4, "length": 3},
     "utsc": {"sweeps": 2, "candidates": 4, "samples": 2},
+    "sear": {"texts": 4, "candidates": 4, "similarity": -1.0, "uses": 1},
+    "textfooler": {"candidates": 4, "similarity": -1.0},
     "soft_prompt": {"num_steps": 4, "test_steps": 2, "init": "x x x"},
 }
 
@@ -36,6 +38,9 @@ def test_attack_keeps_the_contract(name: str, request: pytest.FixtureRequest) ->
         method = registry.get("attack", name)
     except MissingExtraError as missing:
         pytest.skip(str(missing))
+    if method.access == "gray-box" and "encoder" in method.parameters:  # a search on a classifier
+        folder = request.getfixturevalue("tiny_classifier_folder")
+        return check_attack(name, whitebox=request.getfixturevalue("tiny_classifier"), encoder=str(folder), **QUICK.get(name, {}))
     if method.access != "white-box":
         return check_attack(name, **QUICK.get(name, {}))
     check_attack_file(name)
