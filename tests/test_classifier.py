@@ -99,7 +99,9 @@ def test_which_label_passes(labels: list[str], chosen: str | None, found: int) -
     assert passing("m", labels, chosen) == found
 
 
-@pytest.mark.parametrize(("labels", "chosen"), [(["LABEL_0", "LABEL_1"], None), (["safe", "unsafe"], "fine"), (["safe", "ok", "toxic"], None)])
+@pytest.mark.parametrize(
+    ("labels", "chosen"), [(["LABEL_0", "LABEL_1"], None), (["safe", "unsafe"], "fine"), (["safe", "ok", "toxic"], None)]
+)
 def test_where_the_names_do_not_say_it_one_must_be_named(labels: list[str], chosen: str | None) -> None:
     with pytest.raises(UsageError, match=r"labels: .*name it behind the target: hf:a/b#LABEL"):
         passing("hf:a/b#fine", labels, chosen)
@@ -259,7 +261,9 @@ def test_what_it_computes_is_counted(model: "Opened") -> None:
     assert after - before[0] == 3 * 5 and model.compute.tokens - after == 5 and model.compute.gradients - before[1] == 1
 
 
-@pytest.mark.parametrize(("name", "quick"), [("gcg", {"num_steps": 2, "search_width": 8, "topk": 8, "test_steps": 1}), ("hotflip", {"edits": 2})])
+@pytest.mark.parametrize(
+    ("name", "quick"), [("gcg", {"num_steps": 2, "search_width": 8, "topk": 8, "test_steps": 1}), ("hotflip", {"edits": 2})]
+)
 def test_gradient_attacks_run_on_it(model: "Opened", name: str, quick: dict[str, int]) -> None:
     check_attack(name, whitebox=model, **quick)
 

@@ -112,7 +112,9 @@ def test_what_the_card_says_is_measured_again(guard: "Classifier", tmp_path: Pat
     said = json.loads((copy / "card.json").read_text())["properties"]
 
     found = building.measure(copy)["properties"]
-    assert {k: (row["value"], row["n"]) for k, row in found.items()} == {k: (pytest.approx(row["value"], abs=0.02), row["n"]) for k, row in said.items()}
+    assert {k: (row["value"], row["n"]) for k, row in found.items()} == {
+        k: (pytest.approx(row["value"], abs=0.02), row["n"]) for k, row in said.items()
+    }
 
 
 @pytest.mark.timeout(600)
