@@ -4,6 +4,9 @@ A linear head on a frozen sentence encoder, trained on wordings of the train haz
 ordinary requests (safe). What it is measured on it never saw: neither the test hazards nor the wordings. It is mended with
 findings of attacks on train hazards: each wording that evaded it is learned with every train hazard's name as unsafe and
 with every train twin's as safe, so that it learns the wording and not the name.
+
+The shipped guard may be attacked by name on the train hazards that it was trained on, for this is how those findings are
+made; a score on them means nothing, and a folder that `build` wrote is not scored on them at all.
 """
 
 import json
