@@ -25,7 +25,7 @@ from rich.table import Table
 
 from saddlepoint import __version__, config, models, registry
 from saddlepoint.campaign import Tick
-from saddlepoint.errors import SaddlepointError, UsageError, unknown
+from saddlepoint.errors import MissingExtraError, SaddlepointError, UsageError, unknown
 from saddlepoint.loop import Listener, execute
 from saddlepoint.report import summarize
 from saddlepoint.report.html import page
@@ -40,9 +40,18 @@ app = typer.Typer(
 )
 _models = typer.Typer(no_args_is_help=True, help="Models that Saddlepoint knows by name.")
 _organism = typer.Typer(no_args_is_help=True, help="The embedded model with its planted policy.")
+_guard = typer.Typer(no_args_is_help=True, help="The embedded classifier of requests.")
 _judge = typer.Typer(no_args_is_help=True, help="Check the judges.")
 _policy = typer.Typer(no_args_is_help=True, help="Write and check a policy of your own.")
-for name, part in (("models", _models), ("organism", _organism), ("judge", _judge), ("policy", _policy)):
+_bench = typer.Typer(no_args_is_help=True, help="Speed beside other tools, in one run.")
+for name, part in (
+    ("models", _models),
+    ("organism", _organism),
+    ("guard", _guard),
+    ("judge", _judge),
+    ("policy", _policy),
+    ("bench", _bench),
+):
     app.add_typer(part, name=name)
 out, err = Console(), Console(stderr=True)
 
@@ -183,13 +192,14 @@ def _listener(bars: Progress) -> Listener:
         else:
             bars.console.print(text, highlight=False)
 
-    def bar(name: str, total: int, done: int, doing: str) -> None:
+    def bar(name: str, total: int | None, done: int | None, doing: str) -> None:
         if name not in current:
             current[name] = bars.add_task(name, total=total, doing="")
-        bars.update(current[name], completed=done, doing=doing)
+        bars.update(current[name], total=total, completed=done, doing=doing)
 
     def tick(t: Tick) -> None:
-        bar(t.phase, t.attempts, t.finished, f"{t.queries} queries" + (f", {t.doing}" if t.doing else ""))
+        queries = "" if t.queries is None else f"{t.queries} queries"
+        bar(t.phase, t.attempts, t.finished, ", ".join(filter(None, (queries, t.doing))))
 
     def train(p: Any) -> None:
         bar(current.get("text", "training"), p.steps, p.step, f"loss {p.loss:.3f}, {p.tokens} tokens")
@@ -375,11 +385,67 @@ def organism_card(
         _show_card(written)
 
 
+@_guard.command("build")
+def guard_build(
+    folder: Annotated[Path, typer.Option("--out")] = Path("new-guard"),
+    findings: Annotated[
+        list[Path] | None, typer.Option(help="Mend it: learn what evaded it in this run on train hazards; may be given several times.")
+    ] = None,
+) -> None:
+    """Train the guard and measure it; under a minute on two cores."""
+    from saddlepoint import guard
+
+    guard.build(folder, [f for run in findings or () for f in Store.open(run).findings()])
+    _show_card(guard.measure(folder))
+
+
+@_guard.command("card")
+def guard_card(
+    folder: Annotated[Path, typer.Option(help="A guard; the shipped one if not given.")] = models.GUARD, as_json: Json = False
+) -> None:
+    """The guard's measured properties."""
+    written = models.card(folder)
+    if not written:
+        raise UsageError(f"{folder} holds no card.json; build one: saddlepoint guard build --out {folder}")
+    if as_json:
+        print(json.dumps(written, indent=1))
+    else:
+        _show_card(written)
+
+
 def _show_card(card: dict[str, Any]) -> None:
     shown = Table("property", "measured", "n", "aim")
     for name, row in card.get("properties", {}).items():
         shown.add_row(name, _rate(row), str(row["n"]), row.get("aim", ""))
     out.print(shown)
+
+
+@_bench.command("gcg")
+def bench_gcg(
+    model: Annotated[str, typer.Option(help="An embedded model or a folder with a Llama model.")] = "smollm2-135m-instruct",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "",
+    width: Annotated[int, typer.Option(min=1, help="Candidates in a step.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each tool on each seed.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the JSON and the page.")] = Path("runs/bench-gcg"),
+    as_json: Json = False,
+) -> None:
+    """Measure gcg beside nanoGCG 0.3.0 in one run: candidates per second, and the loss over steps and seconds."""
+    try:
+        import torch
+
+        from saddlepoint.bench import gcg as bench
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(f"bench needs {missing.name}: pip install 'saddlepoint[local]'") from missing
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = bench.Settings(model, dtype, device, width, steps=steps, seeds=tuple(range(seeds)))
+    found = bench.bench(settings, lambda line: err.print(line, highlight=False, markup=False))
+    out_folder.mkdir(parents=True, exist_ok=True)
+    (out_folder / "bench.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (out_folder / "bench.html").write_text(bench.page(found), encoding="utf-8")
+    print(json.dumps(found, indent=1) if as_json else bench.table(found))
+    err.print(f"page: {(out_folder / 'bench.html').resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
 @_judge.command("audit")

@@ -249,6 +249,8 @@ class WhiteBox(Target, Protocol):
     def frame(self, chat: Chat, control: str, affirmative: str, place: Place = "suffix") -> Frame:
         """Tokenize `chat` with `control` before or after its last user message, cut at the control's borders.
 
+        Where that message is empty, the control is the whole of it.
+
         Raises:
             UsageError: There is no user message, the control or the affirmative has no tokens, or the context is too short.
         """
@@ -276,7 +278,8 @@ class WhiteBox(Target, Protocol):
             reduce: Makes one number of each row of negative log-likelihoods (n, scored); their mean if None.
             near: A row that they resemble, int64 (length,): what they share with it is computed once.
             exact: False also takes from `near` what lies between a row's own tokens and the scored ones, as if it had
-                not changed: several times cheaper, right in tendency, and only for rows as long as `near`.
+                not changed: several times cheaper and right in tendency. Only for rows as long as `near`, or such as
+                leave one of its tokens out, which is then hidden from the scored ones.
         """
         ...
 

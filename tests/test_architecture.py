@@ -25,6 +25,7 @@ LAYERS = [
     "policies",
     "targets",
     "attacks",
+    "saliency",
     "judges",
     "metrics",
     "store",
@@ -36,6 +37,7 @@ LAYERS = [
     "loop",
     "report",
     "audit",
+    "bench",
     "organism",
     "guard",
     "testing",  # what outside packages test with
@@ -125,6 +127,8 @@ def needs_weights(path: Path) -> bool:
         "saddlepoint.targets.classifier",
         "saddlepoint.attacks._gradient",
         "saddlepoint.guard",
+        "saddlepoint.saliency",
+        "saddlepoint.bench._nanogcg",
         "saddlepoint.training",
         "saddlepoint.organism",
     }

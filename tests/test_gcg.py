@@ -1,17 +1,19 @@
 """GCG on a tiny random model: what it proposes, what it picks, and what it asks."""
 
 from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from saddlepoint.errors import UsageError
-from saddlepoint.types import Ask, Behavior, Completion, Context, Reply, Steps, Verdict, WhiteBox, user
+from saddlepoint.types import Ask, Behavior, Completion, Context, Query, Reply, Sampling, Steps, Verdict, WhiteBox, user
 
 torch = pytest.importorskip("torch")
-from saddlepoint.attacks._gradient import propose  # noqa: E402
+from saddlepoint.attacks._gradient import framed, mellowmax, propose, rank_correlation, row  # noqa: E402
 from saddlepoint.attacks.gradient.gcg import gcg  # noqa: E402
+from saddlepoint.attacks.gradient.gcg_multi import find  # noqa: E402
 
 if TYPE_CHECKING:
     from saddlepoint.targets.hf import HF
@@ -224,3 +226,184 @@ def test_every_candidate_is_ascii_unless_allowed(tiny: "HF") -> None:
 def test_without_weights_it_says_so() -> None:
     with pytest.raises(UsageError, match="gcg needs the target's weights"):
         next(gcg(TEA, Context(Random(0))))
+
+
+# ---- nanoGCG's options ----------------------------------------------------------------------------------------------
+
+FEW = {"search_width": 16, "topk": 16, "optim_str_init": BEGIN}
+
+
+def test_the_cache_changes_no_run(tiny: "HF") -> None:
+    with_cache, without = (asks(gcg(TEA, context(tiny), num_steps=4, test_steps=1, use_prefix_cache=u, **FEW)) for u in (True, False))
+
+    assert with_cache == without
+
+
+def test_smaller_batches_change_no_run(tiny: "HF") -> None:
+    model = Recorder(tiny)
+    at_once, few = (asks(gcg(TEA, context(m), num_steps=3, test_steps=1, batch_size=b, **FEW)) for m, b in ((tiny, None), (model, 5)))
+
+    assert at_once == few and max(len(rows) for rows, _ in model.seen) == 5
+
+
+def test_mellowmax_is_a_soft_maximum_and_steers_by_it(tiny: "HF") -> None:
+    losses = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 6.0]])
+    assert mellowmax(1e-4)(losses).tolist() == pytest.approx(losses.mean(1).tolist(), abs=1e-2)
+    assert mellowmax(50.0)(losses).tolist() == pytest.approx([3.0, 6.0], abs=0.05)
+
+    model = Recorder(tiny)
+    asks(gcg(TEA, context(model), num_steps=1, use_mellowmax=True, mellowmax_alpha=2.0, **FEW))
+    rows, found = model.seen[0]
+    scored = len(tiny.ids(TEA.affirmative))
+    assert torch.allclose(found, tiny.loss(rows, scored, reduce=mellowmax(2.0)), atol=1e-4)
+    assert not torch.allclose(found, tiny.loss(rows, scored), atol=1e-2)
+
+
+def test_a_buffer_goes_on_from_the_best_and_never_climbs(tiny: "HF") -> None:
+    def starts(size: int) -> list[float]:
+        """The loss of the suffix that each step's gradient is taken at."""
+        model = Recorder(tiny)
+        rows: list[Any] = []
+        take = tiny.gradient
+        model.gradient = lambda row, *a: (rows.append(row), take(row, *a))[1]  # type: ignore[attr-defined]
+        asks(gcg(TEA, context(model), num_steps=25, buffer_size=size, **{**FEW, "search_width": 3}))
+        return tiny.loss(torch.stack(rows[1:]), len(tiny.ids(TEA.affirmative))).tolist()
+
+    kept, free = starts(1), starts(0)
+    assert kept == sorted(kept, reverse=True)
+    assert free != sorted(free, reverse=True)  # as the paper: the best candidate is taken even where it is worse
+
+
+def test_early_stop_ends_once_the_affirmative_is_sure(tiny: "HF") -> None:
+    class Sure(Recorder):
+        asked = 0
+
+        def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None) -> Any:
+            losses = self.model.loss(rows, scored, near, exact, reduce)
+            self.asked += len(rows) == 1
+            return losses * 0 + (0.70 if self.asked < 3 else 0.69) if len(rows) == 1 else losses
+
+    assert len(asks(gcg(TEA, context(Sure(tiny)), num_steps=9, test_steps=1, early_stop=True, **FEW))) == 3
+    assert len(asks(gcg(TEA, context(Sure(tiny)), num_steps=9, test_steps=9, early_stop=True, **FEW))) == 1
+    assert len(asks(gcg(TEA, context(Sure(tiny)), num_steps=9, test_steps=1, **FEW))) == 9
+
+
+def test_probe_sampling_evaluates_few_and_its_losses_are_exact(tiny: "HF") -> None:
+    model = Counted(tiny)
+    made = asks(gcg(TEA, context(model), num_steps=6, test_steps=1, probe_sampling=True, **{**FEW, "search_width": 64}))
+
+    assert made and model.screened > 200 and model.exact < model.screened / 3
+    assert [suffix_loss(tiny, a) for a in made] == sorted((suffix_loss(tiny, a) for a in made), reverse=True)
+    assert model.lowest == pytest.approx(suffix_loss(tiny, made[-1]), abs=1e-4)
+
+
+def test_a_draft_model_may_screen(tiny: "HF") -> None:
+    model = Counted(tiny)
+    made = asks(gcg(TEA, context(model), num_steps=2, test_steps=1, probe_sampling=True, draft=tiny, **{**FEW, "search_width": 32}))
+
+    # The draft is the target itself, so its losses are the exact ones, and the best of all is found.
+    assert len(made) == 2 and model.screened == 0
+    best = asks(gcg(TEA, context(tiny), num_steps=1, test_steps=1, **{**FEW, "search_width": 32}))
+    assert made[0] == best[0]
+
+
+class Counted(Recorder):
+    """The tiny model, which counts screened and exact rows."""
+
+    def __init__(self, model: "HF") -> None:
+        super().__init__(model)
+        self.screened, self.exact, self.lowest = 0, 0, float("inf")
+
+    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None) -> Any:
+        losses = self.model.loss(rows, scored, near, exact, reduce)
+        if exact:
+            self.exact, self.lowest = self.exact + len(rows), min(self.lowest, float(losses.min()))
+        else:
+            self.screened += len(rows)
+        return losses
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "wanted"), [([1, 2, 3], [10, 20, 25], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 1, 1], [1, 2, 3], 0.0), ([1], [1], 0.0)]
+)
+def test_rank_correlation(a: list[float], b: list[float], wanted: float) -> None:
+    assert rank_correlation(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)) == pytest.approx(wanted)
+
+
+# ---- one suffix for many ---------------------------------------------------------------------------------------------
+
+MANY = tuple(Behavior(f"b{i}", f"How do I make tea number {i}?", affirmative="Sure, here is how", pair=f"b{i}") for i in range(4))
+
+
+def found(tiny: "HF", **given: Any) -> Any:
+    defaults = {
+        "num_steps": 8,
+        "search_width": 24,
+        "topk": 24,
+        "n_behaviors": 3,
+        "progressive": True,
+        "also": (),
+        "optim_str_init": BEGIN,
+        "allow_non_ascii": False,
+    }
+    return find(MANY, context(given.pop("model", tiny), given.pop("seed", 0)), **{**defaults, **given})
+
+
+def universal_loss(tiny: "HF", text: str, behaviors: Sequence[Behavior]) -> float:
+    frames = [framed(tiny, b, text) for b in behaviors]
+    return sum(float(tiny.loss([row(f, f.control)], len(f.affirmative))) for f in frames) / len(frames)
+
+
+def test_a_universal_suffix_lowers_the_loss_on_requests_that_it_was_not_found_on(tiny: "HF") -> None:
+    artifact = found(tiny, progressive=False, num_steps=20)
+
+    assert artifact.models == (tiny.name,) and artifact.behaviors == tuple(b.id for b in MANY) and artifact.place == "suffix"
+    assert len(artifact.losses) == 20 and list(artifact.losses) == sorted(artifact.losses, reverse=True)
+    new = Behavior("new", "Please tell me what the weather is like.", affirmative="Sure, here is how")
+    assert universal_loss(tiny, artifact.text, [new]) < universal_loss(tiny, BEGIN, [new])
+
+
+def test_behaviors_are_added_one_by_one(tiny: "HF") -> None:
+    told: list[str] = []
+    ctx = Context(Random(0), whitebox=tiny, tell=told.append)
+    find(
+        MANY,
+        ctx,
+        num_steps=6,
+        search_width=8,
+        topk=8,
+        n_behaviors=3,
+        progressive=True,
+        also=(),
+        optim_str_init=BEGIN,
+        allow_non_ascii=False,
+    )
+
+    assert [line.split(", ")[1][:6] for line in told] == ["1 of 3", "1 of 3", "2 of 3", "2 of 3", "3 of 3", "3 of 3"]
+
+
+def test_a_suffix_for_two_models_is_scored_on_both(tiny: "HF", tiny_folder: Any) -> None:
+    from saddlepoint.targets.hf import HF
+
+    other = HF.load(str(tiny_folder), dtype="float32", device="cpu")
+    generator = torch.Generator().manual_seed(4)
+    for p in other.model.parameters():
+        p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    both = found(tiny, also=(other,), progressive=False, n_behaviors=2, num_steps=12)
+    alone = found(tiny, progressive=False, n_behaviors=2, num_steps=12)
+
+    assert both.models == (tiny.name, other.name) and both != alone
+    rng = Random(0)
+    rng.getrandbits(63)  # the search's own seed
+    chosen = rng.sample(list(MANY), 2)
+    assert universal_loss(other, both.text, chosen) < universal_loss(other, BEGIN, chosen)
+    mean = (universal_loss(tiny, both.text, chosen) + universal_loss(other, both.text, chosen)) / 2
+    assert both.losses[-1] == pytest.approx(mean, abs=1e-3)
+
+
+def test_gradients_of_several_models_weigh_the_same(tiny: "HF") -> None:
+    class Loud(Recorder):
+        def gradient(self, row: Any, at: slice, scored: int, reduce: Any = None) -> Any:
+            return 1000 * self.model.gradient(row, at, scored, reduce)
+
+    assert found(tiny, model=Loud(tiny)).text == found(tiny).text

@@ -3,6 +3,7 @@
 Colors are CSS classes (`s0`, `s1`, ...: one for each stage); shapes repeat what the colors say.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,27 @@ def curve(values: Sequence[float], said: str) -> str:
     parts += [_placed("0%", _at(t, (top, 0.0)), _words("-8", "4", _number(t, ""), "end")) for t in ticks(0, top)]
     parts += [_words("0%", "138", "step 1", "start"), _words("100%", "138", str(len(values)), "end")]
     return _whole("loss", 120, said, [*parts, stretched])
+
+
+def lines(series: Sequence[tuple[int, Sequence[tuple[float, float]]]], words: tuple[str, str], said: str) -> str:
+    """Lines of (x, y) points from 0 on, each in the color of its mark; `words` name the axes."""
+    right = max(x for _, points in series for x, _ in points)
+    top = max(y for _, points in series for _, y in points)
+    wide, tall = (0.0, right), (top, 0.0)
+    parts = [_line(_at(t, wide), 0, _at(t, wide), "100%", "grid") for t in ticks(*wide)]
+    parts += [_line("0%", _at(t, tall), "100%", _at(t, tall), "grid") for t in ticks(0, top)]
+    parts += [_placed(_at(t, wide), "100%", _words("0", "18", _number(t, ""), "middle")) for t in ticks(*wide)]
+    parts += [_placed("0%", _at(t, tall), _words("-8", "4", _number(t, ""), "end")) for t in ticks(0, top)]
+    parts += [
+        _placed("50%", "100%", _words("0", "40", words[0], "middle", "name")),
+        _placed("0%", "0%", _words("-40", "-14", words[1], "start", "name")),
+    ]
+    for mark, points in series:
+        for (x, y), (u, v) in itertools.pairwise(points):
+            parts.append(_line(_at(x, wide), _at(y, tall), _at(u, wide), _at(v, tall), f"whisker s{mark % len(SHAPES)}"))
+        x, y = points[-1]
+        parts.append(_placed(_at(x, wide), _at(y, tall), _mark(mark)))
+    return _whole("scatter", 320, said, parts)
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -230,13 +230,14 @@ class HF:
         if last is None:
             raise UsageError("a control goes with a user message, and the chat has none; give one")
         text = chat[last].text
-        marked = replace(chat[last], text=f"{text} {_MARK}" if place == "suffix" else f"{_MARK} {text}")
+        gap = " " if text else ""
+        marked = replace(chat[last], text=f"{text}{gap}{_MARK}" if place == "suffix" else f"{_MARK}{gap}{text}")
         cut = self.render((*chat[:last], marked, *chat[last + 1 :])).split(_MARK)
         if len(cut) != 2:
             raise UsageError(f"the chat template of '{self.name}' writes the user's text {len(cut) - 1} times; a control needs one place")
         head, tail = cut
         if place == "suffix":  # the space before the control belongs to its first token in most vocabularies, as users type it
-            head, control = head[:-1], f" {control}"
+            head, control = head.removesuffix(gap), gap + control
         parts = [self.ids(part) for part in (head, control, tail, affirmative)]
         for what, ids, given in (("control", parts[1], control), ("affirmative", parts[3], affirmative)):
             if not ids:
@@ -247,13 +248,19 @@ class HF:
 
     def candidates(self, ascii_only: bool) -> Tensor:
         """bool (vocabulary,): tokens that an optimizer may write: no special, added or padded ones, each one readable."""
-        allowed = torch.zeros(self.embedding.shape[0], dtype=torch.bool)
+        return self._writable[1 if ascii_only else 0]
+
+    @cached_property
+    def _writable(self) -> tuple[Tensor, Tensor]:
+        """`candidates` in any script, and in ASCII."""
+        readable = torch.zeros(2, self.embedding.shape[0], dtype=torch.bool)
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        for token in range(min(len(self.tokenizer), len(allowed))):
+        for token in range(min(len(self.tokenizer), readable.shape[1])):
             text = self.tokenizer.decode([token])
-            readable = text.isprintable() and text != "" and "\ufffd" not in text
-            allowed[token] = token not in special and readable and (text.isascii() or not ascii_only)
-        return allowed.to(self.device)
+            if token not in special and text.isprintable() and text != "" and "\ufffd" not in text:
+                readable[0, token], readable[1, token] = True, text.isascii()
+        any_script, in_ascii = readable.to(self.device)
+        return any_script, in_ascii
 
     def survives(self, frame: Frame, controls: Tensor) -> Tensor:
         """bool (n,): which controls come back unchanged when the whole prompt is decoded and tokenized again."""
@@ -334,29 +341,32 @@ class HF:
     def _shared_batch(self, rows: list[Tensor], waiting: list[int], scored: int, near: Tensor, exact: bool) -> tuple[list[int], Tensor]:
         keys = self._keys(near[:-1])
         self.compute.tokens += len(near) if len(waiting) == len(rows) else 0
-        own: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[tuple[int, ...], list[tuple[int, list[int], int]]] = {}
         for i in waiting:
-            own.setdefault(_own(rows[i], near, scored, exact), []).append(i)
+            own, left_out = _own(rows[i], near, scored, exact)
+            # Rows that begin to differ at one place take the same keys; those of a screen take nearly all of them.
+            groups.setdefault(tuple(own) if exact else (len(own),), []).append((i, own, left_out))
         index: list[int] = []
-        parts: list[tuple[list[int], Tensor]] = []
+        branches: list[Branch] = []
+        ids: list[Tensor] = []
         tokens = 0
-        for places, members in sorted(own.items()):
-            room = max(0 if tokens else 1, (self._tokens_at_once - tokens) // len(places))
-            if chosen := members[:room]:
-                parts.append((chosen, torch.tensor(places, device=self.device)))
-                index += chosen
-                tokens += len(chosen) * len(places)
-        branches, start = [], 0
-        for chosen, at in parts:
-            kept = torch.arange(int(at[-1]), device=self.device)
-            branches.append(branch(start, len(chosen), at, kept[~torch.isin(kept, at)], self.model.dtype))
-            start += len(chosen) * len(at)
+        for _, members in sorted(groups.items()):
+            width = len(members[0][1])
+            chosen = members[: max(0 if tokens else 1, (self._tokens_at_once - tokens) // width)]
+            if not chosen:
+                continue
+            index += [i for i, _, _ in chosen]
+            places = torch.tensor([own for _, own, _ in chosen], device=self.device)
+            hides = torch.tensor([left_out for _, _, left_out in chosen], device=self.device)
+            kept = torch.arange(int(places[0, 0]) if exact else int(places.max()), device=self.device)
+            branches.append(branch(tokens, places, kept, self.model.dtype, hides if bool((hides >= 0).any()) else None))
+            # A row that leaves a token out has its others at the near row's places.
+            ids += [(rows[i] if left_out < 0 else near)[at] for (i, _, left_out), at in zip(chosen, places, strict=True)]
+            tokens += places.numel()
         self.compute.tokens += tokens
-        ids = torch.cat([torch.stack([rows[i][at] for i in chosen]).flatten() for chosen, at in parts])
-        positions = torch.cat([at.repeat(len(chosen)) for chosen, at in parts])
-        hidden = self._pass(keys, branches, positions, input_ids=ids[None])
-        ends = [hidden[b.start : b.start + b.rows * len(b.own)].view(b.rows, len(b.own), -1)[:, -scored:] for b in branches]
-        return index, torch.cat(ends)
+        positions = torch.cat([b.own.flatten() for b in branches])
+        hidden = self._pass(keys, branches, positions, input_ids=torch.cat(ids)[None])
+        return index, torch.cat([hidden[b.start : b.stop].view(*b.own.shape, -1)[:, -scored:] for b in branches])
 
     def _pass(self, keys: Keys | None, branches: Sequence[Branch], at: Tensor, **inputs: Tensor) -> Tensor:
         """Hidden states (tokens, width) of packed branches, whose tokens have the positions `at`."""
@@ -376,7 +386,7 @@ class HF:
             layers = [(k[:, :, :done], v[:, :, :done]) for k, v in self._near.layers] if self._near and done else []
             for start in range(done, len(row), BLOCK):
                 at = torch.arange(start, min(start + BLOCK, len(row)), device=self.device)
-                block = branch(0, 1, at, torch.arange(start, device=self.device), self.model.dtype)
+                block = branch(0, at[None], torch.arange(start, device=self.device), self.model.dtype)
                 with shared(self.model.config, Keys(row, layers), [block], collect=True) as own:
                     self.model.base_model(input_ids=row[None, at], position_ids=at[None], use_cache=False)
                 joined = (
@@ -400,7 +410,7 @@ class HF:
             try:
                 keys = self._keys(before if near is None else near) if start else None
                 at = torch.arange(start, start + m, device=self.device)
-                packed = branch(0, n, at, torch.arange(start, device=self.device), self.model.dtype)
+                packed = branch(0, at.expand(n, -1), torch.arange(start, device=self.device), self.model.dtype)
                 return self._pass(keys, [packed], at.repeat(n), inputs_embeds=embeds.reshape(1, n * m, width)).view(n, m, -1)
             except NotShared:
                 self._shares = False
@@ -499,16 +509,19 @@ def _mean(losses: Tensor) -> Tensor:
     return losses.mean(1)
 
 
-def _own(row: Tensor, near: Tensor, scored: int, exact: bool) -> tuple[int, ...]:
-    """The positions that a row must compute itself: all from its first change on, or only its changes and the scored ones."""
+def _own(row: Tensor, near: Tensor, scored: int, exact: bool) -> tuple[list[int], int]:
+    """The positions that a row computes itself, and the one of the near row that it leaves out, or -1."""
     last = len(row) - 1  # nothing is read off the last token
-    tail = last - scored
+    n = min(last, len(near) - 1)
+    same = int((row[:n] == near[:n]).int().cumprod(0).sum())
     if exact:
-        n = min(last, len(near) - 1)
-        same = int((row[:n] == near[:n]).int().cumprod(0).sum())
-        return tuple(range(min(same, tail), last))
-    changed = (row[:tail] != near[:tail]).nonzero().flatten().tolist()
-    return (*changed, *range(tail, last))
+        return list(range(min(same, last - scored), last)), -1
+    if len(row) == len(near) - 1 and same < last - scored + 1 and row[same:].equal(near[same + 1 :]):
+        return list(range(len(near) - 1 - scored, len(near) - 1)), same
+    if len(row) != len(near):
+        raise ValueError(f"a screened row is as long as the near one, {len(near)}, or leaves one token out; got {len(row)}")
+    changed = (row[: last - scored] != near[: last - scored]).nonzero().flatten().tolist()
+    return [*changed, *range(last - scored, last)], -1
 
 
 class _RowNoise(LogitsProcessor):  # type: ignore[misc]
