@@ -1,4 +1,4 @@
-"""Soft prompt: embeddings behind the request, optimized freely; how far any control of that length could go.
+"""Soft prompt: embeddings behind the request, optimized freely; how low any control of that length could bring the loss.
 
 Source:  Schwinn et al. 2024, "Soft Prompt Threats: Attacking Safety Alignment and Unlearning in Open-Source LLMs through
          the Embedding Space", https://arxiv.org/abs/2402.09063
@@ -28,7 +28,8 @@ def soft_prompt(
 ) -> Steps:
     """Lower the loss of the affirmative by the control's embeddings; ask with the best ones after every `test_steps` steps.
 
-    No text stands for such embeddings, so what this attack breaks no user can break: it bounds what the others may reach.
+    No text stands for such embeddings, so no user can ask so. What is bounded is the loss of the affirmative and not the
+    harm: far from all tokens, a model may say the affirmative and then go on with something else than what it knows.
 
     Args:
         num_steps: Adam steps.
