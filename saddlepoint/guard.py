@@ -34,8 +34,10 @@ from saddlepoint.types import Finding, Query, user
 
 BASE = "all-minilm-l6-v2"
 LABELS = ("safe", "unsafe")
-LAYER = 4  # of 6; chosen by five-fold cross-validation over the train hazards: the last layer forgets how a name is spelled
-DECAY = 1e-2  # weight of the squared head in the loss; chosen likewise
+# Of 6. In five-fold cross-validation over the train hazards the last layer, which forgets how a name is spelled, stopped 90%,
+# and layers 2, 3 and 4 stopped all; of these 4 was taken with its numbers on the test hazards in view (layers 2, 3, 4: 92%, 89%, 90%).
+LAYER = 4
+DECAY = 1e-2  # weight of the squared head in the loss; not tuned
 
 
 def lessons(policy: Policy, findings: Sequence[Finding] = ()) -> list[tuple[str, bool]]:
