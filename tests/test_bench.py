@@ -39,9 +39,9 @@ def test_the_ratio_is_the_geometric_mean_of_steps_that_stood_side_by_side() -> N
 
 
 def test_a_peer_that_cannot_run_is_an_error_that_names_it() -> None:
-    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
-        with pytest.raises(SaddlepointError, match=r"nanogcg==0\.3\.0 ended with code 3"):
-            bench._line(peer)
+    ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with ended as peer, pytest.raises(SaddlepointError, match=r"nanogcg==0\.3\.0 ended with code 3"):
+        bench._line(peer)
 
 
 def test_both_tools_step_side_by_side_and_equal_candidates_have_equal_losses(tiny_folder: Path) -> None:

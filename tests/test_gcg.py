@@ -45,8 +45,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None) -> Any:
-        losses = self.model.loss(rows, scored, near, exact, reduce)
+    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None, **more: Any) -> Any:
+        losses = self.model.loss(rows, scored, near, exact, reduce, **more)
         self.seen.append((rows, losses))
         return losses
 
@@ -278,8 +278,8 @@ def test_early_stop_ends_once_the_affirmative_is_sure(tiny: "HF") -> None:
     class Sure(Recorder):
         asked = 0
 
-        def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None) -> Any:
-            losses = self.model.loss(rows, scored, near, exact, reduce)
+        def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None, **more: Any) -> Any:
+            losses = self.model.loss(rows, scored, near, exact, reduce, **more)
             self.asked += len(rows) == 1
             return losses * 0 + (0.70 if self.asked < 3 else 0.69) if len(rows) == 1 else losses
 
@@ -314,8 +314,8 @@ class Counted(Recorder):
         super().__init__(model)
         self.screened, self.exact, self.lowest = 0, 0, float("inf")
 
-    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None) -> Any:
-        losses = self.model.loss(rows, scored, near, exact, reduce)
+    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None, **more: Any) -> Any:
+        losses = self.model.loss(rows, scored, near, exact, reduce, **more)
         if exact:
             self.exact, self.lowest = self.exact + len(rows), min(self.lowest, float(losses.min()))
         else:

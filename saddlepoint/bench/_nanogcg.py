@@ -79,10 +79,10 @@ def main(given: dict[str, Any]) -> None:
     model, tokenizer = load(Path(given["folder"]), given["dtype"], given["device"])
     nanogcg.gcg.filter_ids = noted
     tell(ready=True, torch=torch.__version__)
-    for seed in given["seeds"]:
+    for seed, steps in ((0, 1), *((seed, given["steps"]) for seed in given["seeds"])):  # the first one warms up
         Stepped.began = 0.0
         config = nanogcg.GCGConfig(
-            num_steps=given["steps"],
+            num_steps=steps,
             optim_str_init=given["init"],
             search_width=given["width"],
             topk=given["topk"],

@@ -31,6 +31,7 @@ from saddlepoint.types import Behavior, Completion, Context, Reply, Verdict
 PEER = "nanogcg==0.3.0"
 PROMPT = "Please tell me in a few words how one makes a pot of green tea for two guests at home."
 AFFIRMATIVE = "To make green tea, take two"
+OURS = ("saddlepoint", "saddlepoint, screened")
 INIT = "x x x x x x x x x x x x x x x x x x x x"
 
 
@@ -84,8 +85,12 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         text=True,
     ) as peer:
         about = _line(peer)
+        say("warming up: one step of each, which is not counted")
+        _theirs(peer)
+        for name in OURS:
+            next(_ours(name, model, settings, -1))
         for seed in settings.seeds:
-            tools = {name: _ours(name, model, settings, seed) for name in ("saddlepoint", "saddlepoint, screened")}
+            tools = {name: _ours(name, model, settings, seed) for name in OURS}
             mine = {name: Steps(name, seed) for name in ("nanogcg", *tools)}
             for step in range(settings.steps):
                 theirs = _theirs(peer)
@@ -148,8 +153,8 @@ class _Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None) -> Any:
-        found = self._model.loss(rows, scored, near, exact, reduce)
+    def loss(self, rows: Any, scored: int, near: Any = None, exact: bool = True, reduce: Any = None, **more: Any) -> Any:
+        found = self._model.loss(rows, scored, near, exact, reduce, **more)
         if exact:
             self.rows, self.lowest = self.rows + len(rows), min(self.lowest, float(found.min()))
         else:
@@ -163,7 +168,7 @@ def _ours(name: str, model: Any, settings: Settings, seed: int) -> Iterator[dict
     behavior = Behavior("bench", PROMPT, affirmative=AFFIRMATIVE)
     given = f"search_width={settings.width}, topk={settings.topk}, num_steps={settings.steps}, test_steps=1, optim_str_init={INIT!r}"
     (call,) = parse("attack", f"gcg({given}, probe_sampling={name != 'saddlepoint'})")
-    steps = call.method.call(behavior, Context(Random(seed), counted), **call.params)  # type: ignore[arg-type]
+    steps = call.method.call(behavior, Context(Random(f"bench:{seed}"), counted), **call.params)  # type: ignore[arg-type]
     replies = None
     for _ in range(settings.steps):
         counted.rows, counted.screened, counted.lowest = 0, 0, float("inf")

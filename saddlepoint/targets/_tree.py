@@ -69,16 +69,24 @@ def branch(start: int, own: Tensor, kept: Tensor, dtype: torch.dtype, hidden: Te
 
 
 @contextmanager
-def shared(config: Any, near: Keys | None, branches: Sequence[Branch], collect: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While it is open, the model of `config` attends as the branches say, and its own keys are collected if wanted."""
+def attending(config: Any) -> Iterator[None]:
+    """While it is open, the model of `config` attends as the thread's branches say."""
     before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def shared(near: Keys | None, branches: Sequence[Branch], collect: bool = False) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """While it is open, these are the thread's branches, and its own keys are collected if wanted."""
     caught: list[tuple[Tensor, Tensor]] = []
     _now.near, _now.branches, _now.caught = near, branches, caught if collect else None
-    config._attn_implementation = NAME
     try:
         yield caught
     finally:
-        config._attn_implementation = before
         _now.near = _now.branches = _now.caught = None
 
 
@@ -105,7 +113,7 @@ def _attend(
         k, v = (x[0, :, span].reshape(groups, n, m, x.shape[-1]).transpose(0, 1) for x in (key, value))
         near_k, near_v = (x[0, :, b.kept] for x in _now.near.layers[module.layer_idx]) if len(b.kept) else (k[0, :, :0], v[0, :, :0])
         bias = b.bias.repeat(1, folded, 1)[:, None]
-        if len(b.bias) > 1 and not query.is_cuda:
+        if not (query.is_cuda or torch.is_grad_enabled()):
             o = _apart(q, k, v, near_k, near_v, bias, scaling or width**-0.5)
         else:
             k, v = (torch.cat([x.expand(n, -1, -1, -1), own], dim=2) for x, own in ((near_k, k), (near_v, v)))
@@ -120,11 +128,12 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, near_k: Tensor, near_v: Tensor, bias
     On a processor, and where each row has a mask of its own, it takes half the time of the fused kernel.
     """
     n, g, r, width = q.shape
-    flat = q.transpose(0, 1).reshape(g, n * r, width)
-    scores = torch.bmm(flat, near_k.transpose(1, 2)).view(g, n, r, -1).transpose(0, 1)
-    whole = torch.cat([scores, torch.matmul(q, k.transpose(2, 3))], dim=3).float() * scaling + bias
-    p = whole.softmax(-1).to(q.dtype)
     c = near_k.shape[1]
+    q = q.float() * scaling  # scores in float32, as the fused kernel has them
+    scores = torch.empty(n, g, r, c + k.shape[2])
+    scores[..., :c] = torch.bmm(q.transpose(0, 1).reshape(g, n * r, width), near_k.float().transpose(1, 2)).view(g, n, r, c).transpose(0, 1)
+    scores[..., c:] = torch.matmul(q, k.float().transpose(2, 3))
+    p = scores.add_(bias).softmax(-1).to(v.dtype)
     far = torch.bmm(p[..., :c].transpose(0, 1).reshape(g, n * r, c), near_v).view(g, n, r, -1).transpose(0, 1)
     return far + torch.matmul(p[..., c:], v)
 

@@ -6,9 +6,11 @@ It alone knows the chat template, the special tokens and where a text lies among
 import logging
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +22,14 @@ from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
 from saddlepoint.models import EMBEDDED, ORGANISM, base_of, card, hub_snapshot, pull
-from saddlepoint.targets._tree import BLOCK, Branch, Keys, NotShared, branch, shared
+from saddlepoint.targets._tree import BLOCK, Branch, Keys, NotShared, attending, branch, shared
 from saddlepoint.types import Chat, Completion, Compute, Frame, Place, Query, Reduce
 
+Job = Callable[[], tuple[list[int], Tensor]]
+"""Computes some rows: their indices, and the losses of their scored tokens one after the other."""
 _MARK = "\u2063control\u2063"  # stands for the control while the template is rendered; no chat contains it
 _TOKENS_AT_ONCE = 8192  # rows * length of one forward pass; keeps two cores busy and memory small
+_LOGITS = 1 << 24  # logits at once
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
@@ -49,8 +54,8 @@ class HF:
         self._lock = threading.RLock()
         self._shares = bool(getattr(model, "_supports_attention_backend", False))
         self._near: Keys | None = None
-        # Few enough that activations stay in a processor's cache, many enough to keep a GPU busy.
-        self._tokens_at_once = 1 << 16 if self.device.type == "cuda" else 2048
+        # Many enough that Python does not hold up the cores, few enough for the memory.
+        self._tokens_at_once = 1 << 16 if self.device.type == "cuda" else 4096
 
     def __repr__(self) -> str:
         return f"HF({self.name!r})"
@@ -279,7 +284,10 @@ class HF:
 
     def head(self, hidden: Tensor) -> Tensor:
         """float32 (..., vocabulary): the logits of hidden states (..., width), scaled and capped as the model would."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        return self._scaled(self.model.get_output_embeddings()(hidden))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
         config = self.model.config
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere, Granite
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma
@@ -290,87 +298,121 @@ class HF:
         """float32 (k,): negative log-likelihood of `targets` (k,) by the hidden states (k, width) before them."""
         if torch.is_grad_enabled():
             return F.cross_entropy(self.head(hidden), targets, reduction="none")
-        # In slices, so that the logits, by far the largest tensor, stay in the cache and out of memory.
-        at_once = max(1, (1 << 26 if self.device.type == "cuda" else 1 << 21) // len(self.embedding))
-        slices = zip(torch.split(hidden, at_once), torch.split(targets, at_once), strict=True)
-        return torch.cat([F.cross_entropy(self.head(h), t, reduction="none") for h, t in slices])
+        # The logits are by far the largest tensor: in parts that fit the memory, and these in float32 in parts that fit a cache.
+        parts = (
+            max(1, _LOGITS // len(self.embedding)),
+            max(1, (_LOGITS if self.device.type == "cuda" else 1 << 19) // len(self.embedding)),
+        )
+        found = []
+        for h, t in zip(torch.split(hidden, parts[0]), torch.split(targets, parts[0]), strict=True):
+            logits = torch.split(self.model.get_output_embeddings()(h), parts[1])
+            found += [F.cross_entropy(self._scaled(x), y, reduction="none") for x, y in zip(logits, torch.split(t, parts[1]), strict=True)]
+        return torch.cat(found)
 
     @torch.no_grad()
     def loss(
         self, rows: Sequence[Tensor] | Tensor, scored: int, near: Tensor | None = None, exact: bool = True, reduce: Reduce | None = None
     ) -> Tensor:
         """float32 (n,): mean negative log-likelihood in nats of the last `scored` tokens of each row; see `WhiteBox.loss`."""
+        rows = list(rows)
         for row in rows:
             self._check(len(row), scored)
-        found = torch.empty(len(rows), scored, device=self.device)
+        found = torch.empty(0)
         with self._lock:
-            for index, hidden in self._hidden(list(rows), scored, near, exact):
-                targets = torch.stack([rows[i][-scored:] for i in index])
-                found[index] = self._nll(hidden.flatten(0, 1), targets.flatten()).view(len(index), scored)
+            while True:
+                try:
+                    with attending(self.model.config) if near is not None and self._shares else nullcontext():
+                        if near is None or not self._shares:
+                            jobs = self._full(rows, scored)
+                        else:
+                            jobs = self._near_to(rows, scored, near, exact)
+                        parts = self._side_by_side([job for _, job in jobs])
+                    order = torch.tensor([i for index, _ in parts for i in index], device=self.device).argsort()
+                    found = torch.cat([losses.view(len(index), -1) for index, losses in parts])[order] if parts else found
+                    break
+                except NotShared:
+                    self._shares = False
+                except torch.OutOfMemoryError:
+                    if self._tokens_at_once <= 64:
+                        raise
+                    self._tokens_at_once //= 2
+                    torch.cuda.empty_cache()
+            self.compute.tokens += sum(tokens for tokens, _ in jobs) + (0 if near is None else len(near))
         return (reduce or _mean)(found)
 
-    def _hidden(self, rows: list[Tensor], scored: int, near: Tensor | None, exact: bool) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices of rows, hidden states (rows, scored, width) before their scored tokens), batch by batch."""
-        waiting = list(range(len(rows)))
-        while waiting:
-            try:
-                if near is None or not self._shares:
-                    done = self._plain_batch(rows, waiting, scored)
-                else:
-                    done = self._shared_batch(rows, waiting, scored, near, exact)
-            except NotShared:
-                self._shares = False
-                continue
-            except torch.OutOfMemoryError:
-                if self._tokens_at_once <= 256:
-                    raise
-                self._tokens_at_once //= 2
-                torch.cuda.empty_cache()
-                continue
-            yield done
-            waiting = [i for i in waiting if i not in set(done[0])]
+    def _side_by_side(self, jobs: Sequence[Job]) -> list[tuple[list[int], Tensor]]:
+        """Do the jobs. On a processor each core takes some: small products gain little from many cores, and wait for one another."""
+        streams = min(len(jobs), self._streams)
+        if streams < 2:
+            return [job() for job in jobs]
+        each = torch.get_num_threads() // streams
+        with ThreadPoolExecutor(streams, initializer=lambda: torch.set_num_threads(each)) as pool:
+            return list(pool.map(lambda job: job(), jobs))
 
-    def _plain_batch(self, rows: list[Tensor], waiting: list[int], scored: int) -> tuple[list[int], Tensor]:
-        index = next(iter(self._by_length([len(rows[i]) for i in waiting], self._tokens_at_once)))
-        index = [waiting[i] for i in index]
-        ids = self._pad_right([rows[i].tolist() for i in index])
-        self.compute.tokens += ids.numel()
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return index, torch.stack([hidden[r, len(rows[i]) - scored - 1 : len(rows[i]) - 1] for r, i in enumerate(index)])
+    @property
+    def _streams(self) -> int:
+        """How many batches are computed side by side."""
+        return min(torch.get_num_threads(), 8) if self.device.type == "cpu" else 1
 
-    def _shared_batch(self, rows: list[Tensor], waiting: list[int], scored: int, near: Tensor, exact: bool) -> tuple[list[int], Tensor]:
+    def _full(self, rows: list[Tensor], scored: int) -> list[tuple[int, Job]]:
+        """(tokens, job) of batches in which every row is computed from its beginning."""
+
+        @torch.no_grad()
+        def job(index: list[int], ids: Tensor) -> tuple[list[int], Tensor]:
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            ends = torch.cat([hidden[r, len(rows[i]) - scored - 1 : len(rows[i]) - 1] for r, i in enumerate(index)])
+            return index, self._nll(ends, torch.cat([rows[i][-scored:] for i in index]))
+
+        batches = self._by_length([len(row) for row in rows], self._tokens_at_once)
+        padded = [(index, self._pad_right([rows[i].tolist() for i in index])) for index in batches]
+        return [(ids.numel(), partial(job, index, ids)) for index, ids in padded]
+
+    def _near_to(self, rows: list[Tensor], scored: int, near: Tensor, exact: bool) -> list[tuple[int, Job]]:
+        """(tokens, job) of batches in which a row computes only what the near row cannot lend it."""
         keys = self._keys(near[:-1])
-        self.compute.tokens += len(near) if len(waiting) == len(rows) else 0
         groups: dict[tuple[int, ...], list[tuple[int, list[int], int]]] = {}
-        for i in waiting:
-            own, left_out = _own(rows[i], near, scored, exact)
+        for i, row in enumerate(rows):
+            own, left_out = _own(row, near, scored, exact)
             # Rows that begin to differ at one place take the same keys; those of a screen take nearly all of them.
             groups.setdefault(tuple(own) if exact else (len(own),), []).append((i, own, left_out))
-        index: list[int] = []
-        branches: list[Branch] = []
-        ids: list[Tensor] = []
-        tokens = 0
+
+        @torch.no_grad()
+        def job(batch: list[list[tuple[int, list[int], int]]]) -> tuple[list[int], Tensor]:
+            branches: list[Branch] = []
+            ids: list[Tensor] = []
+            for members in batch:
+                places = torch.tensor([own for _, own, _ in members], device=self.device)
+                hides = torch.tensor([left_out for _, _, left_out in members], device=self.device)
+                kept = torch.arange(int(places[0, 0]) if exact else int(places.max()), device=self.device)
+                start = branches[-1].stop if branches else 0
+                branches.append(branch(start, places, kept, self.model.dtype, hides if bool((hides >= 0).any()) else None))
+                # A row that leaves a token out has its others at the near row's places.
+                ids += [(rows[i] if left_out < 0 else near)[at] for (i, _, left_out), at in zip(members, places, strict=True)]
+            hidden = self._pass(keys, branches, torch.cat([b.own.flatten() for b in branches]), input_ids=torch.cat(ids)[None])
+            ends = torch.cat([hidden[b.start : b.stop].view(*b.own.shape, -1)[:, -scored:].flatten(0, 1) for b in branches])
+            index = [i for members in batch for i, _, _ in members]
+            return index, self._nll(ends, torch.cat([rows[i][-scored:] for i in index]))
+
+        # As many tokens to each batch, and as many batches to each core.
+        tokens = sum(len(members) * len(members[0][1]) for members in groups.values())
+        rounds = -(-tokens // (self._tokens_at_once * self._streams))
+        share = -(-tokens // max(1, rounds * self._streams))
+        batches: list[list[list[tuple[int, list[int], int]]]] = []
+        room = 0
         for _, members in sorted(groups.items()):
             width = len(members[0][1])
-            chosen = members[: max(0 if tokens else 1, (self._tokens_at_once - tokens) // width)]
-            if not chosen:
-                continue
-            index += [i for i, _, _ in chosen]
-            places = torch.tensor([own for _, own, _ in chosen], device=self.device)
-            hides = torch.tensor([left_out for _, _, left_out in chosen], device=self.device)
-            kept = torch.arange(int(places[0, 0]) if exact else int(places.max()), device=self.device)
-            branches.append(branch(tokens, places, kept, self.model.dtype, hides if bool((hides >= 0).any()) else None))
-            # A row that leaves a token out has its others at the near row's places.
-            ids += [(rows[i] if left_out < 0 else near)[at] for (i, _, left_out), at in zip(chosen, places, strict=True)]
-            tokens += places.numel()
-        self.compute.tokens += tokens
-        positions = torch.cat([b.own.flatten() for b in branches])
-        hidden = self._pass(keys, branches, positions, input_ids=torch.cat(ids)[None])
-        return index, torch.cat([hidden[b.start : b.stop].view(*b.own.shape, -1)[:, -scored:] for b in branches])
+            while members:
+                if room <= 0:
+                    batches.append([])
+                    room = share
+                chosen, members = members[: -(-room // width)], members[-(-room // width) :]
+                batches[-1].append(chosen)
+                room -= len(chosen) * width
+        return [(sum(len(own) for members in batch for _, own, _ in members), partial(job, batch)) for batch in batches]
 
     def _pass(self, keys: Keys | None, branches: Sequence[Branch], at: Tensor, **inputs: Tensor) -> Tensor:
         """Hidden states (tokens, width) of packed branches, whose tokens have the positions `at`."""
-        with shared(self.model.config, keys, branches):
+        with shared(keys, branches):
             hidden: Tensor = self.model.base_model(**inputs, position_ids=at[None], use_cache=False).last_hidden_state[0]
         return hidden
 
@@ -378,16 +420,16 @@ class HF:
     def _keys(self, row: Tensor) -> Keys:
         """The keys and values of a row. Blocks that it shares with the last row are not computed again.
 
-        Always in the same blocks, so that the last bits do not depend on what was computed before: a run that is gone on
-        with must find what it found.
+        Always in the same blocks, so that the last bits do not depend on what another attack computed before: a run that is
+        gone on with must find what it found.
         """
-        if self._near is None or not self._near.row.equal(row):
+        if self._near is None or self._near.shared(row) < len(row):
             done = self._near.shared(row) // BLOCK * BLOCK if self._near else 0
             layers = [(k[:, :, :done], v[:, :, :done]) for k, v in self._near.layers] if self._near and done else []
             for start in range(done, len(row), BLOCK):
                 at = torch.arange(start, min(start + BLOCK, len(row)), device=self.device)
                 block = branch(0, at[None], torch.arange(start, device=self.device), self.model.dtype)
-                with shared(self.model.config, Keys(row, layers), [block], collect=True) as own:
+                with shared(Keys(row, layers), [block], collect=True) as own:
                     self.model.base_model(input_ids=row[None, at], position_ids=at[None], use_cache=False)
                 joined = (
                     [tuple(torch.cat(x, 2) for x in zip(*pair, strict=True)) for pair in zip(layers, own, strict=True)] if layers else own
@@ -408,10 +450,11 @@ class HF:
         self.compute.tokens += start + n * m
         if self._shares:
             try:
-                keys = self._keys(before if near is None else near) if start else None
-                at = torch.arange(start, start + m, device=self.device)
-                packed = branch(0, at.expand(n, -1), torch.arange(start, device=self.device), self.model.dtype)
-                return self._pass(keys, [packed], at.repeat(n), inputs_embeds=embeds.reshape(1, n * m, width)).view(n, m, -1)
+                with attending(self.model.config):
+                    keys = self._keys(before if near is None else near) if start else None
+                    at = torch.arange(start, start + m, device=self.device)
+                    packed = branch(0, at.expand(n, -1), torch.arange(start, device=self.device), self.model.dtype)
+                    return self._pass(keys, [packed], at.repeat(n), inputs_embeds=embeds.reshape(1, n * m, width)).view(n, m, -1)
             except NotShared:
                 self._shares = False
         whole = torch.cat([self._embedded(before).expand(n, -1, -1), embeds], dim=1)

@@ -8,7 +8,7 @@ Differs: a candidate must come back unchanged when the whole prompt, not the suf
          tested, not the last; the search judge's word on a whole answer ends it, not a match of the first tokens.
          Parameters are called as in nanoGCG; mellowmax is taken over negative log-likelihoods, not raw logits. Without a
          draft model, probe sampling screens with the target itself, which then keeps the tokens between a change and
-         the affirmative as they were: no second model is needed.
+         the affirmative as they were, and hears only the first two fifths of that: no second model is needed.
 Cost:    num_steps * (1 gradient + up to search_width candidates), and one query per test_steps.
 """
 
@@ -74,12 +74,13 @@ def gcg(
     reduce = mellowmax(mellowmax_alpha) if use_mellowmax else None
     scored = len(frame.affirmative)
 
-    def evaluate(drawn: Tensor, near: Tensor, exact: bool = True) -> Tensor:
-        parts = torch.split(rows(frame, drawn), batch_size or len(drawn))
-        return torch.cat([model.loss(part, scored, row(frame, near) if use_prefix_cache else None, exact, reduce) for part in parts])
+    def evaluate(drawn: Tensor, near: Tensor, first: int = scored, exact: bool = True) -> Tensor:
+        end = len(frame.before) + len(near) + len(frame.after) + first
+        parts = torch.split(rows(frame, drawn)[:, :end], batch_size or len(drawn))
+        return torch.cat([model.loss(part, first, row(frame, near)[:end] if use_prefix_cache else None, exact, reduce) for part in parts])
 
     def probed(drawn: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-        cheap = draft_losses(draft, model, behavior, drawn) if draft else evaluate(drawn, near, exact=False)
+        cheap = draft_losses(draft, model, behavior, drawn) if draft else evaluate(drawn, near, first=-(-2 * scored // 5), exact=False)
         probe = torch.randperm(len(drawn), generator=generator)[: max(2, len(drawn) // sampling_factor)].to(drawn.device)
         losses = evaluate(drawn[probe], near)
         trust = (1 + rank_correlation(losses, cheap[probe])) / 2
