@@ -219,6 +219,8 @@ def _write_report(store: Store, folder: Path) -> None:
     for stage in summary["stages"]:
         if stage["training"]:
             out.print(f"checkpoint: {stage['training']['checkpoint']}", markup=False, highlight=False, soft_wrap=True)
+    for artifact in summary["artifacts"]:
+        out.print(f"artifact: {folder / artifact['file']}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"report: {(folder / 'report.html').resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -687,3 +687,11 @@ def test_a_file_that_holds_no_artifact_says_so(tmp_path: Path, text: str) -> Non
     for file in (tmp_path / "bad.json", tmp_path / "none.json"):
         with pytest.raises(UsageError, match="holds no artifact"):
             play(tmp_path / "run", Scripted(lambda _: "NO"), parse("attack", f"replay(artifact={str(file)!r})"))
+
+
+def test_rules_are_replayed_as_rewordings(tmp_path: Path) -> None:
+    file = tmp_path / "rules.json"
+    write(Artifact("sear", "", rules=(("request", "wish"), ("nothing", "x"))), file)
+    play(tmp_path / "a", Scripted(lambda _: "NO"), parse("attack", f"replay(artifact={str(file)!r})"), on=2)
+
+    assert {record.ask.chat for *_, record in Store.open(tmp_path / "a").queries()} == {user("wish 0"), user("wish 1")}

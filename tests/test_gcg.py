@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from saddlepoint.errors import UsageError
-from saddlepoint.types import Ask, Behavior, Completion, Context, Query, Reply, Sampling, Steps, Verdict, WhiteBox, user
+from saddlepoint.types import Ask, Behavior, Completion, Context, Reply, Steps, Verdict, WhiteBox, user
 
 torch = pytest.importorskip("torch")
 from saddlepoint.attacks._gradient import framed, mellowmax, propose, rank_correlation, row  # noqa: E402

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,6 +137,13 @@ def rewritten(rule: Rule, text: str) -> str:
         return rule[1][:1].upper() + rule[1][1:] if found[0][:1].isupper() else rule[1]
 
     return re.sub(r" +(?=[ ,.?!]|$)", "", re.sub(rf"(?<!\w){before}(?!\w)", by, text, flags=re.IGNORECASE)).strip() or text
+
+
+def reworded(rules: Sequence[Rule], text: str) -> list[str]:
+    """The text by each rule that applies, then by more and more of them; the text itself where none does."""
+    alone = [rewritten(rule, text) for rule in rules]
+    together = accumulate(rules, lambda made, rule: rewritten(rule, made), initial=text)
+    return [made for made in dict.fromkeys((*alone, *together)) if made != text] or [text]
 
 
 def rules_of(text: str, new: str, span: int) -> list[Rule]:

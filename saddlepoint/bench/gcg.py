@@ -31,6 +31,7 @@ from saddlepoint.types import Behavior, Completion, Context, Reply, Verdict
 PEER = "nanogcg==0.3.0"
 PROMPT = "Please tell me in a few words how one makes a pot of green tea for two guests at home."
 AFFIRMATIVE = "To make green tea, take two"
+_LONG = 100_000  # steps; more than any bench takes
 OURS = ("saddlepoint", "saddlepoint, screened")
 INIT = "x x x x x x x x x x x x x x x x x x x x"
 
@@ -58,6 +59,11 @@ class Steps:
     seconds: list[float] = field(default_factory=list)
     candidates: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # the lowest exact loss of the step, in nats
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.seconds.append(row["seconds"])
+        self.candidates.append(row["candidates"])
+        self.losses.append(row["loss"])
 
 
 def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -95,12 +101,14 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
             for step in range(settings.steps):
                 theirs = _theirs(peer)
                 for name, row in [("nanogcg", theirs), *((n, next(tool)) for n, tool in tools.items())]:
-                    mine[name].seconds.append(row["seconds"])
-                    mine[name].candidates.append(row["candidates"])
-                    mine[name].losses.append(row["loss"])
+                    mine[name].add(row)
                 differences += _differences(model, theirs)
                 speeds = ", ".join(f"{n} {sum(s.candidates) / sum(s.seconds):.1f}" for n, s in mine.items())
                 say(f"seed {seed}, step {step + 1} of {settings.steps}; candidates per second: {speeds}")
+            for name, tool in tools.items():  # what each reaches in the time that the peer took
+                say(f"seed {seed}: {name} goes on for as long as nanogcg took")
+                while sum(mine[name].seconds) < sum(mine["nanogcg"].seconds):
+                    mine[name].add(next(tool))
             runs += mine.values()
         peer.stdin.close()  # type: ignore[union-attr]
     return _summary(settings, runs, differences, about)
@@ -166,11 +174,11 @@ def _ours(name: str, model: Any, settings: Settings, seed: int) -> Iterator[dict
     """The attack as users run it, one step at a time; a screened candidate counts once."""
     counted = _Counted(model)
     behavior = Behavior("bench", PROMPT, affirmative=AFFIRMATIVE)
-    given = f"search_width={settings.width}, topk={settings.topk}, num_steps={settings.steps}, test_steps=1, optim_str_init={INIT!r}"
+    given = f"search_width={settings.width}, topk={settings.topk}, num_steps={_LONG}, test_steps=1, optim_str_init={INIT!r}"
     (call,) = parse("attack", f"gcg({given}, probe_sampling={name != 'saddlepoint'})")
     steps = call.method.call(behavior, Context(Random(f"bench:{seed}"), counted), **call.params)  # type: ignore[arg-type]
     replies = None
-    for _ in range(settings.steps):
+    for _ in range(_LONG):
         counted.rows, counted.screened, counted.lowest = 0, 0, float("inf")
         began = time.perf_counter()
         asks = next(steps) if replies is None else steps.send(replies)
@@ -200,7 +208,8 @@ def _summary(settings: Settings, runs: Sequence[Steps], differences: Sequence[fl
         tools[name] = {
             "candidates_per_second": float(candidates.sum() / seconds.sum()),
             "seconds_per_step": float(seconds.mean()),
-            "final_loss": [min(r.losses) for r in mine],
+            "loss_after_steps": [min(r.losses[: settings.steps]) for r in mine],
+            "loss_after_seconds": [min(r.losses) for r in mine],
             "runs": [asdict(r) for r in mine],
         }
     return {
@@ -225,7 +234,7 @@ def _ratio(runs: Sequence[Steps], name: str) -> dict[str, float]:
     logs = []
     for ours in (r for r in runs if r.tool == name):
         (theirs,) = (r for r in runs if r.tool == "nanogcg" and r.seed == ours.seed)
-        pairs = zip(ours.candidates, ours.seconds, theirs.candidates, theirs.seconds, strict=True)
+        pairs = zip(ours.candidates, ours.seconds, theirs.candidates, theirs.seconds, strict=False)  # the steps side by side
         logs += [np.log(c / s) - np.log(d / t) for c, s, d, t in pairs]
     draws = np.random.default_rng(0).choice(logs, (2000, len(logs))).mean(1)
     low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
@@ -247,14 +256,14 @@ def table(found: dict[str, Any]) -> str:
         f"{s['model']}, {s['dtype']}, {s['device']}, {s['threads']} threads, {found['machine']['processor']}; width {s['width']}, "
         f"{s['steps']} steps, {len(s['seeds'])} seeds; {found['peer']}",
         "",
-        "| tool | candidates/s | times nanoGCG [95%] | s/step | final loss by seed |",
-        "| --- | --- | --- | --- | --- |",
+        f"| tool | candidates/s | times nanoGCG [95%] | s/step | loss by seed after {s['steps']} steps | in the seconds that nanoGCG took for them |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, tool in found["tools"].items():
         r = found["ratio"].get(name)
         ratio = f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "1"
-        losses = ", ".join(f"{x:.3f}" for x in tool["final_loss"])
-        lines.append(f"| {name} | {tool['candidates_per_second']:.1f} | {ratio} | {tool['seconds_per_step']:.2f} | {losses} |")
+        losses = [", ".join(f"{x:.3f}" for x in tool[f"loss_after_{what}"]) for what in ("steps", "seconds")]
+        lines.append(f"| {name} | {tool['candidates_per_second']:.1f} | {ratio} | {tool['seconds_per_step']:.2f} | {' | '.join(losses)} |")
     lines += ["", f"Equal candidates, ours less theirs: median {d['median']:.4f}, 99% {d['p99']:.4f}, max {d['max']:.4f} nats, n={d['n']}"]
     return "\n".join(lines)
 

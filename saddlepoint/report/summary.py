@@ -23,7 +23,8 @@ def summarize(store: Store) -> dict[str, Any]:
         `config`, `params` (of every method, resolved), `machine`, `complete`, and `stages`: for each stage its `asr` per
         attack (strongest first) and `asr_any`, the controls `over_refusal`, `clearance`, `ordinary`, `incoherent`, the
         `utility` loss, its `training` card, and `change`: each of these against the first stage, paired. `cost` is what
-        every phase spent, controls and harvest too; `recorded` is when the run was last written.
+        every phase spent, controls and harvest too, and the searches of universal attacks; `artifacts` is what those
+        found; `recorded` is when the run was last written.
     """
     config = Config.model_validate(store.read("config"))
     findings = store.findings()
@@ -34,6 +35,11 @@ def summarize(store: Store) -> dict[str, Any]:
         stage["change"] = _change(stages[0], stage)
     for stage in stages:
         del stage["outcomes"]
+    artifacts = [{**note, "phase": key.partition(":")[0]} for key, note in store.notes("artifact:").items()]
+    searches = {
+        f"{a['phase']}, search of {a['artifact']['attack']}": {"queries": 0, **{k: a[k] for k in ("tokens", "gradients", "seconds")}}
+        for a in artifacts
+    }
     summary = {
         "saddlepoint": __version__,
         "config": config.model_dump(),
@@ -42,7 +48,8 @@ def summarize(store: Store) -> dict[str, Any]:
         "complete": store.read("complete") or False,
         "seconds": store.read("seconds"),
         "recorded": _recorded(store),
-        "cost": {phase: _cost([f for f in findings if f.phase == phase]) for phase in dict.fromkeys(f.phase for f in findings)},
+        "cost": {phase: _cost([f for f in findings if f.phase == phase]) for phase in dict.fromkeys(f.phase for f in findings)} | searches,
+        "artifacts": artifacts,
         "stages": stages,
     }
     return {key: _without_nan(value) for key, value in summary.items()}

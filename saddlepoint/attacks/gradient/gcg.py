@@ -43,8 +43,8 @@ def gcg(
     optim_str_init: str = "x x x x x x x x x x x x x x x x x x x x",
     probe_sampling: bool = False,
     draft: WhiteBox = "",  # type: ignore[assignment]
-    r: Annotated[float, Ge(1)] = 8.0,
-    sampling_factor: Annotated[int, Ge(1)] = 16,
+    r: Annotated[float, Ge(1)] = 2.0,
+    sampling_factor: Annotated[int, Ge(1)] = 32,
     test_steps: Annotated[int, Ge(1)] = 25,
 ) -> Steps:
     """Search a suffix by greedy coordinate gradient; try the best one on the model after every `test_steps` steps.
@@ -65,6 +65,7 @@ def gcg(
         probe_sampling: Screen candidates cheaply and evaluate only the promising ones.
         draft: The model that screens; the target itself if empty.
         r, sampling_factor: At most 1/r of the candidates pass the screen; 1/sampling_factor probe how far it can be trusted.
+            nanoGCG has 8 and 16; this screen is so cheap that more may pass.
         test_steps: Steps between two queries.
     """
     model = weights(ctx, "gcg")

@@ -14,13 +14,12 @@ Cost:    once for a campaign about texts * words * candidates + rules seen * use
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from math import expm1, log
 from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from saddlepoint.attacks._words import STOP, Limits, Rule, opened, rewritten, rules_of, similarities, swaps, words
+from saddlepoint.attacks._words import STOP, Limits, Rule, opened, reworded, rewritten, rules_of, similarities, swaps, words
 from saddlepoint.errors import UsageError
 from saddlepoint.registry import attack
 from saddlepoint.types import Artifact, Ask, Behavior, Context, Encoder, Query, Steps, Target, user
@@ -81,10 +80,7 @@ def sear(
     """
     if ctx.artifact is None:
         raise UsageError("sear has no rules; a campaign finds them on train behaviors")
-    alone = [rewritten(rule, behavior.prompt) for rule in ctx.artifact.rules]
-    together = accumulate(ctx.artifact.rules, lambda text, rule: rewritten(rule, text), initial=behavior.prompt)
-    made = [text for text in dict.fromkeys((*alone, *together)) if text != behavior.prompt]
-    yield [Ask(user(text, behavior.system)) for text in made or [behavior.prompt]]
+    yield [Ask(user(text, behavior.system)) for text in reworded(ctx.artifact.rules, behavior.prompt)]
 
 
 def chosen(gains: dict[Rule, dict[str, float]], most: int) -> tuple[Rule, ...]:

@@ -1,11 +1,12 @@
-"""Replay: ask with the text that a universal attack found before, on this model or on another one.
+"""Replay: ask with the text, or the rules, that a universal attack found before, on this model or on another one.
 
 Source:  Zou et al. 2023, "Universal and Transferable Adversarial Attacks on Aligned Language Models",
          https://arxiv.org/abs/2307.15043
 Differs: in nothing; this is the transfer of section 3.2, for the text of any attack.
-Cost:    1 query, no gradients; what the search cost stands in the run that made the artifact.
+Cost:    1 query, or at most 2 for each rule, no gradients; what the search cost stands in the run that made the artifact.
 """
 
+from saddlepoint.attacks._words import reworded
 from saddlepoint.errors import UsageError
 from saddlepoint.registry import attack
 from saddlepoint.types import Artifact, Ask, Behavior, Context, Steps, user
@@ -20,4 +21,5 @@ def replay(behavior: Behavior, ctx: Context, *, artifact: Artifact | None = None
     """
     if artifact is None:
         raise UsageError("replay needs what it replays: replay(artifact='runs/.../artifacts/....json')")
-    yield [Ask(user(artifact.applied(behavior.prompt), behavior.system))]
+    made = reworded(artifact.rules, behavior.prompt) if artifact.rules else [artifact.applied(behavior.prompt)]
+    yield [Ask(user(text, behavior.system)) for text in made]
