@@ -152,7 +152,7 @@ def summary(folder: Path) -> dict[str, Any]:
         (["--findings", "runs/x"], "flags: findings is for harden; attack and loop find their own"),
         (
             ["--target", "nowhere"],
-            "no target 'nowhere'; allowed: organism, smollm2-135m-instruct, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL",
+            "no target 'nowhere'; allowed: organism, smollm2-135m-instruct, guard, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL",
         ),
         (["--target", "http://"], "no endpoint 'http://'; write http://HOST:PORT/v1#MODEL"),
         (
