@@ -395,8 +395,9 @@ class HF:
 
         # As many tokens to each batch, and as many batches to each core.
         tokens = sum(len(members) * len(members[0][1]) for members in groups.values())
-        rounds = -(-tokens // (self._tokens_at_once * self._streams))
-        share = -(-tokens // max(1, rounds * self._streams))
+        streams = self._streams if tokens > 512 else 1  # below that, starting them costs more than they save
+        rounds = -(-tokens // (self._tokens_at_once * streams))
+        share = -(-tokens // max(1, rounds * streams))
         batches: list[list[list[tuple[int, list[int], int]]]] = []
         room = 0
         for _, members in sorted(groups.items()):
