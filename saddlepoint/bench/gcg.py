@@ -283,6 +283,6 @@ def page(found: dict[str, Any]) -> str:
     legend = " ".join(f"<span>{svg.key(i)} {n}</span>" for i, n in enumerate(names))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>bench gcg</title><style>{css}</style><main><h1>GCG beside nanoGCG</h1>'
-        f"<pre>{table(found)}</pre><p>{legend}</p><h2>Lowest loss over steps</h2>{svg.lines(steps, ('step', 'loss in nats'), 'loss over steps')}"
-        f"<h2>Lowest loss over seconds</h2>{svg.lines(seconds, ('seconds', 'loss in nats'), 'loss over seconds')}</main></html>"
+        f"<pre>{table(found)}</pre><p>{legend}</p><h2>Lowest loss in nats over steps</h2>{svg.lines(steps, 'step', 'loss over steps')}"
+        f"<h2>Lowest loss in nats over seconds</h2>{svg.lines(seconds, 'seconds', 'loss over seconds')}</main></html>"
     )

@@ -92,8 +92,8 @@ def curve(values: Sequence[float], said: str) -> str:
     return _whole("loss", 120, said, [*parts, stretched])
 
 
-def lines(series: Sequence[tuple[int, Sequence[tuple[float, float]]]], words: tuple[str, str], said: str) -> str:
-    """Lines of (x, y) points from 0 on, each in the color of its mark; `words` name the axes."""
+def lines(series: Sequence[tuple[int, Sequence[tuple[float, float]]]], name: str, said: str) -> str:
+    """Lines of (x, y) points from 0 on, each in the color of its mark; `name` is the x axis."""
     right = max(x for _, points in series for x, _ in points)
     top = max(y for _, points in series for _, y in points)
     wide, tall = (0.0, right), (top, 0.0)
@@ -101,10 +101,7 @@ def lines(series: Sequence[tuple[int, Sequence[tuple[float, float]]]], words: tu
     parts += [_line("0%", _at(t, tall), "100%", _at(t, tall), "grid") for t in ticks(0, top)]
     parts += [_placed(_at(t, wide), "100%", _words("0", "18", _number(t, ""), "middle")) for t in ticks(*wide)]
     parts += [_placed("0%", _at(t, tall), _words("-8", "4", _number(t, ""), "end")) for t in ticks(0, top)]
-    parts += [
-        _placed("50%", "100%", _words("0", "40", words[0], "middle", "name")),
-        _placed("0%", "0%", _words("-40", "-14", words[1], "start", "name")),
-    ]
+    parts.append(_placed("50%", "100%", _words("0", "40", name, "middle", "name")))
     for mark, points in series:
         for (x, y), (u, v) in itertools.pairwise(points):
             parts.append(_line(_at(x, wide), _at(y, tall), _at(u, wide), _at(v, tall), f"whisker s{mark % len(SHAPES)}"))
