@@ -35,7 +35,7 @@ def test_every_command_of_the_docs_has_flags_that_exist_and_methods_that_parse(c
     while words and hasattr(found, "commands") and words[0] in found.commands:
         found = found.commands[words.pop(0)]
     flags = {name: option for option in found.params for name in option.opts}
-    for flag, value in zip(words, [*words[1:], ""], strict=False):
+    for flag, value in zip(words, [*words, ""][1:], strict=True):
         if flag.startswith("--"):
             assert flag in flags, f"{flag} is no flag of {command!r}"
         kind = flag.removeprefix("--").removesuffix("s")

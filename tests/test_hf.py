@@ -232,6 +232,13 @@ def test_candidates_are_what_can_be_written_and_read(tiny: "HF") -> None:
     assert all(texts[t].isascii() and texts[t].isprintable() for t in ascii_only.nonzero().flatten().tolist())
 
 
+def test_what_a_caller_allows_itself_is_allowed_to_no_other(tiny: "HF") -> None:
+    before = tiny.candidates(True)
+    tiny.candidates(True)[:] = True
+
+    assert tiny.candidates(True).equal(before) and not before.all()
+
+
 # ---- losses and gradients -------------------------------------------------------------------------------------------
 
 ROWS = [[0, 379, 200, 42, 17 + i, 300, 5 * i + 2, 33, 60, 61 + i] for i in range(5)]

@@ -32,10 +32,11 @@ class Keys:
     row: Tensor  # int64 (tokens,)
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def shared(self, row: Tensor) -> int:
-        """How many tokens `row` begins with that this row begins with too."""
-        n = min(len(row), len(self.row))
-        return int((row[:n] == self.row[:n]).int().cumprod(0).sum())
+
+def beginning(a: Tensor, b: Tensor) -> int:
+    """How many tokens two rows begin with alike."""
+    n = min(len(a), len(b))
+    return int((a[:n] == b[:n]).int().cumprod(0).sum())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
 from saddlepoint.models import EMBEDDED, ORGANISM, base_of, card, hub_snapshot, pull
-from saddlepoint.targets._tree import BLOCK, Branch, Keys, NotShared, attending, branch, shared
+from saddlepoint.targets._tree import BLOCK, Branch, Keys, NotShared, attending, beginning, branch, shared
 from saddlepoint.types import Chat, Completion, Compute, Frame, Place, Query, Reduce
 
 Job = Callable[[], tuple[list[int], Tensor]]
@@ -253,7 +253,7 @@ class HF:
 
     def candidates(self, ascii_only: bool) -> Tensor:
         """bool (vocabulary,): tokens that an optimizer may write: no special, added or padded ones, each one readable."""
-        return self._writable[1 if ascii_only else 0]
+        return self._writable[1 if ascii_only else 0].clone()  # a caller may allow more for itself
 
     @cached_property
     def _writable(self) -> tuple[Tensor, Tensor]:
@@ -424,8 +424,8 @@ class HF:
         Always in the same blocks, so that the last bits do not depend on what another attack computed before: a run that is
         gone on with must find what it found.
         """
-        if self._near is None or self._near.shared(row) < len(row):
-            done = self._near.shared(row) // BLOCK * BLOCK if self._near else 0
+        if self._near is None or beginning(self._near.row, row) < len(row):
+            done = beginning(self._near.row, row) // BLOCK * BLOCK if self._near else 0
             layers = [(k[:, :, :done], v[:, :, :done]) for k, v in self._near.layers] if self._near and done else []
             for start in range(done, len(row), BLOCK):
                 at = torch.arange(start, min(start + BLOCK, len(row)), device=self.device)
@@ -556,8 +556,7 @@ def _mean(losses: Tensor) -> Tensor:
 def _own(row: Tensor, near: Tensor, scored: int, exact: bool) -> tuple[list[int], int]:
     """The positions that a row computes itself, and the one of the near row that it leaves out, or -1."""
     last = len(row) - 1  # nothing is read off the last token
-    n = min(last, len(near) - 1)
-    same = int((row[:n] == near[:n]).int().cumprod(0).sum())
+    same = beginning(row[:last], near[:-1])
     if exact:
         return list(range(min(same, last - scored), last)), -1
     if len(row) == len(near) - 1 and same < last - scored + 1 and row[same:].equal(near[same + 1 :]):

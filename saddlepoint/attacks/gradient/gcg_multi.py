@@ -15,10 +15,9 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from saddlepoint.attacks._gradient import framed, is_sure, propose, row, slots, weights
-from saddlepoint.errors import UsageError
+from saddlepoint.attacks._gradient import artifact_chat, framed, is_sure, propose, row, slots, weights
 from saddlepoint.registry import attack
-from saddlepoint.types import Artifact, Ask, Behavior, Context, Frame, Steps, WhiteBox, user
+from saddlepoint.types import Artifact, Ask, Behavior, Context, Frame, Steps, WhiteBox
 
 
 def find(
@@ -88,9 +87,7 @@ def gcg_multi(
         optim_str_init: The suffix to begin with.
         allow_non_ascii: Whether candidates may hold other characters.
     """
-    if ctx.artifact is None:
-        raise UsageError("gcg_multi asks with what its search found; run it in a campaign, or replay an artifact")
-    yield [Ask(user(ctx.artifact.applied(behavior.prompt), behavior.system))]
+    yield [Ask(artifact_chat(behavior, ctx, "gcg_multi"))]
 
 
 def _same_tokens(frames: dict[WhiteBox, list[Frame]]) -> list[list[WhiteBox]]:
