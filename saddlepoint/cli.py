@@ -378,13 +378,7 @@ def organism_card(
     folder: Annotated[Path, typer.Option(help="An organism; the shipped one if not given.")] = models.ORGANISM, as_json: Json = False
 ) -> None:
     """The organism's measured properties."""
-    written = models.card(folder)
-    if not written:
-        raise UsageError(f"{folder} holds no card.json; build one: saddlepoint organism build --out {folder}")
-    if as_json:
-        print(json.dumps(written, indent=1))
-    else:
-        _show_card(written)
+    _print_card(folder, "organism", as_json)
 
 
 @_guard.command("build")
@@ -406,9 +400,13 @@ def guard_card(
     folder: Annotated[Path, typer.Option(help="A guard; the shipped one if not given.")] = models.GUARD, as_json: Json = False
 ) -> None:
     """The guard's measured properties."""
+    _print_card(folder, "guard", as_json)
+
+
+def _print_card(folder: Path, what: str, as_json: bool) -> None:
     written = models.card(folder)
     if not written:
-        raise UsageError(f"{folder} holds no card.json; build one: saddlepoint guard build --out {folder}")
+        raise UsageError(f"{folder} holds no card.json; build one: saddlepoint {what} build --out {folder}")
     if as_json:
         print(json.dumps(written, indent=1))
     else:
