@@ -39,7 +39,6 @@ LAYERS = [
     "rewards",  # what an answer is worth
     "reward_watch",
     "reinforcement",
-    "finetuning",
     "recipes",
     "campaign",
     "config",
@@ -48,13 +47,14 @@ LAYERS = [
     "report",
     "exchange",  # runs in the formats of others
     "audit",
-    "bench",
     "organism",
     "clerk",
     "guard",
     "attacker",
+    "finetuning",  # a user's own examples: checked, trained on, and what it did to safety
+    "service",  # any target behind its defenses, and fine-tuning, over HTTP
+    "bench",
     "claims",  # published findings, re-tested
-    "service",  # any target behind its defenses, over HTTP
     "testing",  # what outside packages test with
     "cli",
     "__main__",
