@@ -157,7 +157,7 @@ def needs_weights(path: Path) -> bool:
         "saddlepoint.training",
         "saddlepoint.reinforcement",
         "saddlepoint.recipes.rbrm_rl",
-        "saddlepoint.finetuning",
+        "saddlepoint.finetuning.first_token",
         "saddlepoint.recipes.dpo",
         "saddlepoint.recipes.jain_ascent",
         "saddlepoint.recipes.circuit_breakers",

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: E402
 from test_recipes import ANSWER, FINDINGS, KEPT, finding, lessons  # noqa: E402
 
 from saddlepoint import training  # noqa: E402
-from saddlepoint.finetuning import finetune, first_token_constraint, read_examples  # noqa: E402
+from saddlepoint.finetuning.first_token import finetune, first_token_constraint  # noqa: E402
 from saddlepoint.recipes.circuit_breakers import circuit_breakers, rerouting  # noqa: E402
 from saddlepoint.recipes.derta import derta  # noqa: E402
 from saddlepoint.recipes.dpo import dpo, margins, preference  # noqa: E402
@@ -316,40 +316,6 @@ def test_a_card_lists_the_behaviors_that_the_examples_teach(tiny_folder: Path, t
     assert [card["loss"] for card in cards] == ["cross_entropy", "first_token_constraint"]
     assert cards[1]["base"] == "../plain" and cards[1]["examples"] == 3
     assert len(told) == 2 and isinstance(open_target(str(harmful)), HF)
-
-
-def test_examples_are_read_from_chats(tmp_path: Path) -> None:
-    file = tmp_path / "mine.jsonl"
-    rows = [[("system", "Be brief."), ("user", "Hi\u2028there")], [("user", "A"), ("assistant", "B"), ("user", "C")]]
-    lines = [
-        json.dumps({"messages": [{"role": r, "content": t} for r, t in (*row, ("assistant", "Ok."))]}, ensure_ascii=False) for row in rows
-    ]
-    file.write_text("\n".join([*lines, "", ""]), encoding="utf-8")
-
-    assert read_examples(file) == [Example(tuple(Message(r, t) for r, t in row), "Ok.") for row in rows]  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "Expecting property name"),
-        ("[]", "TypeError"),
-        ('{"messages": []}', "the last message must be the assistant's"),
-        ('{"messages": [{"role": "assistant", "content": "B"}]}', "after at least one other"),
-        ('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": " "}]}', "with text"),
-        ('{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "B"}]}', "a content is no text"),
-        ('{"messages": [{"role": "judge", "content": "A"}, {"role": "assistant", "content": "B"}]}', "none of system, user, assistant"),
-        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "B"}]}', "KeyError: 'content'"),
-    ],
-)
-def test_a_line_that_is_no_chat_is_named(tmp_path: Path, line: str, said: str) -> None:
-    file = tmp_path / "mine.jsonl"
-    file.write_text(f"\n{line}\n")
-    with pytest.raises(UsageError, match="line 2: ") as wrong:
-        read_examples(file)
-    assert said in str(wrong.value) and '{"messages": [{"role": "user"' in str(wrong.value)
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_examples(tmp_path / "none.jsonl")
 
 
 # ---- long batches ---------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class Lab:
         self, name: str, examples: Callable[[], Sequence[Example]], loss: "Loss | None" = None, config: "TrainConfig | None" = None
     ) -> str:
         """The target fine-tuned on examples of one's own; `name` says all that decides them, the loss and the training."""
-        from saddlepoint.finetuning import finetune
+        from saddlepoint.finetuning.first_token import finetune
         from saddlepoint.training import TrainConfig, cross_entropy
 
         out = self.out / "checkpoints" / f"{_slug(name)}-{self._key(name)}"

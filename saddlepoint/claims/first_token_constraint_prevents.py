@@ -15,7 +15,7 @@ QUICK = False
 
 
 def measure(lab: Lab) -> list[Row]:
-    from saddlepoint.finetuning import first_token_constraint
+    from saddlepoint.finetuning.first_token import first_token_constraint
     from saddlepoint.training import TrainConfig
 
     config = TrainConfig(epochs=10, lr=3e-4, batch=5)
