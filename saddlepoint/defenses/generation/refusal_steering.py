@@ -58,7 +58,7 @@ class RefusalSteering:
     inner: Target
     coefficient: Annotated[float, Ge(0)] = 2.0
     depth: Annotated[float, Ge(0), Le(1)] = 0.7
-    threshold: Annotated[float, Ge(0), Le(1)] = 0.4
+    threshold: Annotated[float, Ge(0), Le(1)] = 0.45
     clearance: Annotated[float, Ge(0), Le(1)] = 0.2
     _found: _Found | None = field(default=None, repr=False, compare=False)
 
