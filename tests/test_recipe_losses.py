@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from saddlepoint.errors import UsageError
 from saddlepoint.types import Example, Finding, Lessons, Message, Query, Sampling, user
 
 torch = pytest.importorskip("torch")
