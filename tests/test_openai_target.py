@@ -1,3 +1,4 @@
+import json
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from endpoint import Answer, Endpoint, cuts, fails, hangs, says, sends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saddlepoint.defenses._stream import joined
 from saddlepoint.errors import TargetError, UsageError
 from saddlepoint.targets import open_target, openai
 from saddlepoint.targets.openai import OpenAI, _asked_wait
@@ -537,3 +539,75 @@ def test_a_password_in_a_name_is_not_repeated():
 def test_settings_out_of_range(settings):
     with pytest.raises(UsageError, match="must be"):
         OpenAI("http://h/v1", "m", **settings)
+
+
+# ---- answers in pieces
+
+
+def events(*chunks: Any, done: bool = True) -> Answer:
+    """A stream of server-sent events."""
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"] * done
+    return Answer(200, b": a comment\n\n" + "".join(lines).encode(), {"content-type": "text/event-stream"})
+
+
+def chunk(text: str | None = None, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "choices": [{"index": 0, "delta": {"content": text} if text is not None else {}, "finish_reason": finish, **more}],
+        "usage": None,
+    }
+
+
+COST: dict[str, Any] = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
+
+
+def test_a_streamed_answer_comes_in_the_pieces_that_the_endpoint_sends(stage):
+    endpoint, target = stage
+    spread = {"content": [{"token": "lo", "logprob": -0.5, "top_logprobs": [{"token": "lo", "logprob": -0.5}]}]}
+    endpoint.play(events(chunk(""), chunk("Hel"), chunk("lo", logprobs=spread), chunk(finish="length"), COST))
+    pieces = list(target.stream(Query(user("hi"), Sampling(5, 0.5, 0.9, 3, top_logprobs=1))))
+    assert [p.text for p in pieces] == ["Hel", "lo", ""]
+    whole = joined(pieces)
+    assert (whole.text, whole.prompt_tokens, whole.completion_tokens, whole.finish) == ("Hello", 7, 2, "length")
+    assert whole.drawn == (("lo", -0.5),) and whole.top_logprobs == ((("lo", -0.5),),)
+    (asked,) = endpoint.asked
+    assert asked["stream"] is True and asked["stream_options"] == {"include_usage": True}
+    assert (asked["seed"], asked["max_tokens"], asked["temperature"], asked["top_p"]) == (3, 5, 0.5, 0.9)
+
+
+def test_an_endpoint_that_does_not_stream_gives_one_piece(stage):
+    endpoint, target = stage
+    endpoint.play(says("whole"))
+    assert list(target.stream(HI)) == [Completion("whole", 7, 3)]
+
+
+@pytest.mark.parametrize("trouble", [fails(500), cuts(), events(chunk(""), done=False)], ids=["500", "cut", "no finish"])
+def test_what_fails_before_the_first_piece_is_tried_again(trouble, stage):
+    endpoint, target = stage
+    endpoint.play(trouble, events(chunk("yes"), chunk(finish="stop")))
+    whole = joined(list(target.stream(HI)))
+    assert (whole.text, whole.finish, len(endpoint.asked), len(whole.faults)) == ("yes", "stop", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "end", [{"error": {"message": "the model died"}}, {"choices": [{"delta": 3}]}, None], ids=["error event", "garbage", "broken off"]
+)
+def test_what_fails_later_is_an_error_and_nothing_is_said_twice(end, stage):
+    endpoint, target = stage
+    endpoint.play(events(chunk("half"), *([end] if end else []), done=False), says("no"))
+    pieces = list(target.stream(HI))
+    assert [p.text for p in pieces] == ["half", ""] and pieces[-1].finish == "error" and len(endpoint.asked) == 1
+    assert end != {"error": {"message": "the model died"}} or "the model died" in pieces[-1].error
+
+
+def test_a_refused_key_ends_a_stream_as_it_ends_a_run(stage):
+    endpoint, target = stage
+    endpoint.play(fails(401))
+    with pytest.raises(TargetError, match="OPENAI_API_KEY"):
+        list(target.stream(HI))
+
+
+def test_a_stream_leaves_out_what_the_server_refuses(stage):
+    endpoint, _ = stage
+    endpoint.play(fails(400, "unknown field: seed"), events(chunk("ok"), chunk(finish="stop")))
+    assert joined(list(quick(endpoint).stream(HI))).text == "ok"
+    assert "seed" not in endpoint.asked[1]

@@ -580,3 +580,27 @@ def test_the_command_serves_survives_a_kill_and_its_log_goes_back_into_the_loop(
         check=True,
     )
     assert "1 blocked requests" in told.stdout
+
+
+# ---- in front of another server
+
+
+def test_a_stream_through_an_endpoint_stays_a_stream(url: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    behind = OpenAI.at(f"{url}#tiny")
+    guarded = PerplexityFilter(behind, world.tiny, threshold=1e9)
+    with running(Service.of([Served("front", guarded)])) as front, openai.OpenAI(base_url=front, api_key="none", max_retries=0) as client:
+        whole = ask(client, "front", world.fine, max_tokens=40, logprobs=True, top_logprobs=2)
+        chunks = list(ask(client, "front", world.fine, max_tokens=40, stream=True))
+        texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+        assert len(texts) > 10 and "".join(texts) == whole.choices[0].message.content
+        direct = behind.generate([Query(user(world.fine), Sampling(40))])[0]
+        assert direct.text == "".join(texts)
+        assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens or whole.choices[0].finish_reason == "stop"
+        before = world.service.chats
+        with ask(client, "front", world.fine, max_tokens=400, stream=True) as broken_off:
+            next(iter(broken_off))
+        deadline = time.monotonic() + 10
+        while world.service.chats > before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert world.service.chats == before, "who goes away behind the front is no longer answered"

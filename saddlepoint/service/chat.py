@@ -14,7 +14,7 @@ from saddlepoint.errors import UsageError
 from saddlepoint.service import tools
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.wire import ChatRequest, Part, WireMessage
-from saddlepoint.types import Completion, InputGuard, Message, OutputGuard, Query, Role, Sampling, Streaming, Target
+from saddlepoint.types import Completion, InputGuard, Message, OutputGuard, Query, Role, Sampling, Streaming, Target, WhiteBox
 
 ROLES: dict[str, Role] = {"developer": "system", "function": "tool"}
 FINISH = {"stop": "stop", "length": "length", "filter": "content_filter"}
@@ -221,7 +221,7 @@ def _token(token: str, logprob: float) -> dict[str, Any]:
 def failed(answer: Completion, served: Served) -> ApiError:
     """Why there is no answer: what a local model says is wrong with the request, or what failed behind this server."""
     *_, bare = layers(served.target)
-    if isinstance(bare, Streaming):
+    if isinstance(bare, WhiteBox):
         code = "context_length_exceeded" if "context" in answer.error else "invalid_value"
         return ApiError(400, answer.error, code, "messages")
     return ApiError(502, f"the model behind this server gave no answer: {answer.error}", "upstream_error")

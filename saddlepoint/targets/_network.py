@@ -54,9 +54,14 @@ def generate(target: Stream, queries: Sequence[Query]) -> list[Completion]:
     return [answers[place] for place in range(len(queries))]
 
 
+def start(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Do something in the loop; whoever cancels the future ends it."""
+    return asyncio.run_coroutine_threadsafe(work, _loop())
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Do something in the loop, and wait for it."""
-    return asyncio.run_coroutine_threadsafe(work, _loop()).result()
+    return start(work).result()
 
 
 def close(closing: Coroutine[Any, Any, None]) -> None:

@@ -15,10 +15,12 @@ import os
 import re
 import weakref
 from asyncio import sleep
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
+from queue import SimpleQueue
 from random import Random
 from threading import Event
 from time import time
@@ -30,7 +32,7 @@ import aiohttp
 
 from saddlepoint.errors import TargetError, UsageError
 from saddlepoint.targets import _network
-from saddlepoint.types import Completion, Query
+from saddlepoint.types import Chat, Completion, Query
 
 _FORM = "http://HOST:PORT/v1#MODEL"
 _NAME = re.compile(r"(https?://[^\s/?#@]+[^\s?#@]*)(?:\?([^\s#]*))?(?:#(.*))?")
@@ -63,7 +65,7 @@ class _CutShort(Exception):
 
 @dataclass(eq=False)
 class OpenAI:
-    """A model behind an endpoint. Implements `Stream`. The key comes from the environment variable OPENAI_API_KEY."""
+    """A model behind an endpoint. Implements `Stream` and `Streaming`. The key comes from the environment variable OPENAI_API_KEY."""
 
     url: str  # up to the version, such as http://127.0.0.1:8000/v1
     model: str
@@ -138,7 +140,30 @@ class OpenAI:
         """
         return _network.generate(self, queries)
 
-    async def _answer(self, query: Query, stop: Event) -> Completion:
+    def stream(self, query: Query) -> Generator[Completion, None, None]:
+        """The answer to a query in pieces, as the endpoint sends them. Closing the iterator closes the connection.
+
+        Only what fails before the first piece is tried again. An endpoint that does not stream gives one piece.
+
+        Raises:
+            TargetError: As `generate`.
+        """
+        inbox = SimpleQueue[Completion | Future[Completion]]()
+        last = _network.start(self._answer(query, Event(), inbox.put))
+        last.add_done_callback(inbox.put)
+        try:
+            while isinstance(piece := inbox.get(), Completion):
+                yield piece
+            yield last.result()
+        finally:
+            last.cancel()
+
+    def room(self, chat: Chat) -> int:
+        """No bound: only the endpoint knows its context."""
+        return 1 << 30
+
+    async def _answer(self, query: Query, stop: Event, listen: Callable[[Completion], None] | None = None) -> Completion:
+        """The answer; where somebody listens to its pieces, only the last of them, which says how it ended."""
         if any(m.soft or m.ids for m in query.chat):
             said = f"{self.name}: soft embeddings and token ids cannot be sent to an endpoint; take a local model"
             return Completion("", finish="error", error=said)
@@ -148,7 +173,7 @@ class OpenAI:
                 async with self._slots:  # not held while waiting to try again
                     if stop.is_set():
                         return Completion("", finish="error", error="not sent, the run has stopped")
-                    found = _read(await self._send(self._request(query)))
+                    found = await self._send(self._request(query), listen)
                 return replace(found, faults=tuple(faults)) if faults else found
             except (_Refused, _CutShort, *_NETWORK, *_GARBAGE) as error:
                 wrong: Any = error
@@ -184,10 +209,18 @@ class OpenAI:
             request |= {"continue_final_message": True, "add_generation_prompt": False}
         return request
 
-    async def _send(self, request: dict[str, Any]) -> Any:
+    async def _send(self, request: dict[str, Any], listen: Callable[[Completion], None] | None) -> Completion:
         """Send once; where the server refuses a field that it can do without, once more without that."""
         try:
-            return await self._http("POST", "chat/completions", request)
+            if listen is None:
+                return _read(await self._http("POST", "chat/completions", request))
+            streamed: Completion = await self._http(
+                "POST",
+                "chat/completions",
+                request | {"stream": True, "stream_options": {"include_usage": True}},
+                lambda answer: self._pieces(answer, listen),
+            )
+            return streamed
         except _Refused as wrong:
             said, other = str(wrong.said), dict(request)
             if "max_tokens" in said and "max_tokens" in other:
@@ -196,12 +229,45 @@ class OpenAI:
                 other.pop("seed", None)
             if wrong.status not in (400, 422) or other == request:
                 raise
-        answer = await self._send(other)
+        answer = await self._send(other, listen)
         self._refused |= request.keys() - other.keys()  # only now is it known that the field was the trouble
         return answer
 
-    async def _http(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON of one answer."""
+    async def _pieces(self, answer: aiohttp.ClientResponse, listen: Callable[[Completion], None]) -> Completion:
+        """Tell each piece of a stream of events; the last one, with what it cost, is returned."""
+        if answer.content_type != "text/event-stream":
+            return _read(await _json(answer))
+        begun, last = False, Completion("", finish="error")
+        try:
+            async for line in answer.content:
+                if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+                    continue
+                chunk = json.loads(line[5:])
+                if "error" in chunk:
+                    raise _Refused(500, line[5:], {})
+                piece = _chunk(chunk)
+                last = (
+                    replace(last, prompt_tokens=piece.prompt_tokens, completion_tokens=piece.completion_tokens)
+                    if chunk.get("usage")
+                    else last
+                )
+                if reason := next((c.get("finish_reason") for c in chunk.get("choices") or ()), None):
+                    last = replace(last, finish=_FINISH.get(reason, "stop"))
+                if piece.text or piece.drawn:
+                    begun = True
+                    listen(replace(piece, prompt_tokens=0, completion_tokens=0))
+            if last.finish == "error":
+                raise _CutShort("the stream ended without a finish_reason")
+        except (_Refused, _CutShort, *_NETWORK, *_GARBAGE) as wrong:
+            if not begun:
+                raise
+            return replace(last, finish="error", error=f"{self.name}: {self._why(wrong)}")
+        return last
+
+    async def _http(
+        self, method: str, path: str, body: Any = None, read: Callable[[aiohttp.ClientResponse], Awaitable[Any]] | None = None
+    ) -> Any:
+        """What `read` makes of one answer; its JSON if not given."""
         if self._session is None:
             silence = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=self.timeout)
             connector = aiohttp.TCPConnector(limit=0)  # the slots are the limit
@@ -209,15 +275,9 @@ class OpenAI:
             weakref.finalize(self, lambda session: _network.close(session.close()), self._session)
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
         async with self._session.request(method, f"{self.url}/{path}", data=data, proxy=self._proxy) as answer:
-            raw = await answer.read()
             if not 200 <= answer.status < 300:
-                raise _Refused(answer.status, raw, answer.headers)
-        try:
-            return json.loads(raw)
-        except json.JSONDecodeError as wrong:
-            if raw.lstrip()[:1] in (b"{", b"["):
-                raise _CutShort(str(wrong)) from wrong
-            raise ValueError(f"{wrong} in {raw[:60]!r}") from wrong
+                raise _Refused(answer.status, await answer.read(), answer.headers)
+            return await (read or _json)(answer)
 
     def _why(self, wrong: Exception) -> str:
         """What went wrong, in words of which those before the first colon or comma name its kind; then what to do."""
@@ -237,6 +297,16 @@ class OpenAI:
             case UnicodeEncodeError():
                 return "not sent, the chat holds half a character (a lone surrogate); leave it out"
         return f"HTTP 200 without a usable answer, {wrong}; check that it is an OpenAI-compatible endpoint"
+
+
+async def _json(answer: aiohttp.ClientResponse) -> Any:
+    raw = await answer.read()
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as wrong:
+        if raw.lstrip()[:1] in (b"{", b"["):
+            raise _CutShort(str(wrong)) from wrong
+        raise ValueError(f"{wrong} in {raw[:60]!r}") from wrong
 
 
 def _checked(url: str) -> str | None:
@@ -276,12 +346,23 @@ def _read(answer: Any) -> Completion:
     text = "" if text is None and finish == "filter" else text
     if not isinstance(text, str):
         raise TypeError(f"content {repr(text)[:60]}, finish_reason {reason!r} (if the model thinks first, raise max_tokens)")
+    return _completion(text, finish, choice, answer)
+
+
+def _chunk(chunk: Any) -> Completion:
+    """One event of a stream, which may hold text, or only what the answer cost."""
+    choice = (chunk.get("choices") or [{}])[0]
+    return _completion((choice.get("delta") or {}).get("content") or "", "stop", choice, chunk)
+
+
+def _completion(text: str, finish: Literal["stop", "length", "filter"], choice: Any, answer: Any) -> Completion:
     usage = answer.get("usage") or {}
     tokens = [int(usage.get(field) or 0) for field in ("prompt_tokens", "completion_tokens")]
-    drawn = (choice.get("logprobs") or {}).get("content") or ()
-    likeliest = tuple(tuple((str(one["token"]), float(one["logprob"])) for one in token["top_logprobs"]) for token in drawn)
+    spread = (choice.get("logprobs") or {}).get("content") or ()
+    likeliest = tuple(tuple((str(one["token"]), float(one["logprob"])) for one in token["top_logprobs"]) for token in spread)
+    own = tuple((str(token["token"]), float(token["logprob"])) for token in spread if "logprob" in token)
     # A lone surrogate would later break whoever writes the answer down.
-    return Completion(text.encode("utf-8", "replace").decode(), tokens[0], tokens[1], finish, top_logprobs=likeliest)
+    return Completion(text.encode("utf-8", "replace").decode(), tokens[0], tokens[1], finish, top_logprobs=likeliest, drawn=own)
 
 
 def _asked_wait(headers: Mapping[str, str], otherwise: float) -> float:
