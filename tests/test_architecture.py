@@ -19,6 +19,7 @@ LAYERS = [
     "__init__",  # the version
     "errors",
     "types",
+    "tool_text",  # tools and their calls as the text that a model reads and writes
     "artifacts",
     "registry",
     "composition",

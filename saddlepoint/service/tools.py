@@ -1,7 +1,6 @@
-"""Tools for models that know nothing of them: the tools are told in the system message, and a call is read from what is written.
+"""Tools of a request: told to the model as `tool_text` writes them, and calls read from what it writes.
 
-A call is written as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, the form of Hermes, Qwen and SmolLM2. A model that
-was not taught it will write prose instead, which is then the answer's content.
+A model that was not taught to call will write prose instead, which is then the answer's content.
 """
 
 import json
@@ -10,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
+from saddlepoint import tool_text
 from saddlepoint.service.wire import ChatRequest, NamedTool, ToolCall
-from saddlepoint.types import Chat, Message
+from saddlepoint.types import Chat
 
-OPENS = "<tool_call>"
+OPENS = tool_text.OPENS
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -21,23 +21,17 @@ def told(chat: Chat, request: ChatRequest) -> Chat:
     """The chat with the tools in its system message; as it is where there are none or none may be called."""
     if not request.tools or request.tool_choice == "none":
         return chat
-    listed = "\n".join(json.dumps(tool.function.model_dump(exclude_none=True)) for tool in request.tools)
     must = "Call a tool if you need one."
     if request.tool_choice == "required":
         must = "Call a tool now."
     elif isinstance(request.tool_choice, NamedTool):
         must = f"Call the tool {request.tool_choice.function.name} now."
-    words = (
-        f'You can call these tools:\n{listed}\n{must} To call one, write only: {OPENS}{{"name": "NAME", "arguments": {{...}}}}</tool_call>'
-    )
-    if chat and chat[0].role == "system":
-        return (Message("system", f"{chat[0].text}\n\n{words}"), *chat[1:])
-    return (Message("system", words), *chat)
+    return tool_text.told(chat, [tool.function.model_dump() for tool in request.tools], must)
 
 
 def written(calls: Sequence[ToolCall]) -> str:
     """Calls of an earlier turn as the model would have written them."""
-    return "\n".join(f'{OPENS}{{"name": {json.dumps(c.function.name)}, "arguments": {c.function.arguments}}}</tool_call>' for c in calls)
+    return tool_text.written((c.function.name, c.function.arguments) for c in calls)
 
 
 def called(text: str, request: ChatRequest) -> list[dict[str, Any]]:
