@@ -63,11 +63,16 @@ def first_token_constraint(
     """
     with torch.no_grad(), clock.wrapped.disable_adapter():
         frozen = nll(model, batch)
-    strength = torch.tensor([opening[at] if at < len(opening) else beta for e in batch for at in _places(e.learned)], device=frozen.device)
-    ratio = frozen - nll(model, batch)  # (learned,): log(p / p_frozen)
-    found = -(2 / strength) * F.logsigmoid(strength * ratio)
     weights = weights_of(model, batch)
-    return (found * weights).sum() / weights.sum()
+    return (faded(nll(model, batch), frozen, batch, opening, beta) * weights).sum() / weights.sum()
+
+
+def faded(
+    own: Tensor, frozen: Tensor, batch: Sequence[Encoded], opening: tuple[float, ...] = (0.5, 2.0, 2.0, 2.0, 2.0), beta: float = 0.1
+) -> Tensor:
+    """float32 (learned,): that loss of every learned token of a batch, of its negative log-likelihoods `own` and `frozen`, (learned,)."""
+    strength = torch.tensor([opening[at] if at < len(opening) else beta for e in batch for at in _places(e.learned)], device=own.device)
+    return -(2 / strength) * F.logsigmoid(strength * (frozen - own))
 
 
 def _places(learned: list[int]) -> list[int]:
