@@ -143,6 +143,7 @@ def needs_weights(path: Path) -> bool:
         "saddlepoint.targets.hf",
         "saddlepoint.targets._tree",
         "saddlepoint.targets._decoding",
+        "saddlepoint.targets._lora",
         "saddlepoint.targets.classifier",
         "saddlepoint.attacks._gradient",
         "saddlepoint.defenses.generation._activations",

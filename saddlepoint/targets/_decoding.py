@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from saddlepoint.targets._lora import Adapter, Mixture
+
 READ_AT_ONCE = 512  # prompt tokens that may be read between two steps, so that long prompts do not hold up who is being answered
 
 
@@ -45,12 +47,14 @@ class Row:
         choose: From all ids so far, int64 (1, length), and logits, float32 (1, vocabulary), to scores whose arg-max is next.
         most: Tokens at most.
         top: How many of the likeliest tokens are told; -1 tells not even the drawn one's log-probability.
+        adapter: What is added to the model for this row.
     """
 
     prompt: list[int]
     choose: Callable[[Tensor, Tensor], Tensor]
     most: int
     top: int = -1
+    adapter: Adapter | None = None
     tokens: list[int] = field(default_factory=list)
     made: SimpleQueue[Drawn | Exception] = field(default_factory=SimpleQueue)
     ended: bool = False
@@ -88,6 +92,7 @@ class Decoding:
 
     def __init__(self, model: Any, ends: frozenset[int], lock: Any):
         self.model, self.ends, self.lock = model, ends, lock
+        self._mixture: Mixture | None = None  # made when the first adapter comes
         self._batches: list[_Batch] = []
         self._new: list[Row] = []
         self._guard = threading.Lock()
@@ -137,6 +142,10 @@ class Decoding:
     def _step(self, new: list[Row]) -> None:
         """One more token for every row, and the first one for those that are new."""
         self._batches = [left for batch in self._batches if (left := _staying(batch))]
+        adapters = [row.adapter for row in (*new, *(row for batch in self._batches for row in batch.rows))]
+        if any(adapters):
+            self._mixture = self._mixture or Mixture(self.model)
+            self._mixture.hold(adapters)
         for batch in self._batches:
             ids = torch.tensor([[row.tokens[-1]] for row in batch.rows], device=self.model.device)
             batch.mask = F.pad(batch.mask, (0, 1), value=1)
@@ -153,7 +162,8 @@ class Decoding:
 
     def _forward(self, batch: _Batch, ids: Tensor, at: Tensor) -> None:
         mask = None if bool(batch.mask.all()) else batch.mask  # as generate does: without padding the attention takes another way
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=batch.cache, use_cache=True, logits_to_keep=1)
+        model = self._mixture.chosen([row.adapter for row in batch.rows]) if self._mixture else self.model
+        out = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=batch.cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1].float()
         for r, row in enumerate(batch.rows):
             row.draw(logits[r : r + 1], self.ends)

@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 from saddlepoint.errors import ModelError, UsageError
 from saddlepoint.models import CLERK, EMBEDDED, ORGANISM, base_of, card, hub_snapshot, pull
 from saddlepoint.targets._decoding import Decoding, Row
+from saddlepoint.targets._lora import Adapter, adapted, read
 from saddlepoint.targets._tree import BLOCK, Branch, Keys, NotShared, attending, beginning, branch, shared
 from saddlepoint.types import CONTROL, Chat, Completion, Compute, Frame, Place, Query, Reduce
 
@@ -52,6 +53,7 @@ class HF:
         self.device: torch.device = model.device
         self.compute = Compute()
         self._lock = threading.RLock()
+        self._adapter: Adapter | None = None
         self._shares = bool(getattr(model, "_supports_attention_backend", False))
         self._near: Keys | None = None
         # Many enough that Python does not hold up the cores, few enough for the memory.
@@ -88,6 +90,18 @@ class HF:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         return cls(name, model.to(allowed[dtype]).to(where), tokenizer)
 
+    def adapted(self, name: str, folder: Path) -> "HF":
+        """This model with a LoRA adapter, as a target of its own: the weights are shared, and so is the batch of what is streamed.
+
+        Raises:
+            ModelError: The folder holds no LoRA adapter for this model; see `_lora.read`.
+        """
+        adapter = read(folder, self.model)
+        made = HF(name, adapted(self.model, adapter), self.tokenizer)
+        made._adapter, made._lock = adapter, self._lock
+        made.__dict__["_decoding"] = self._decoding
+        return made
+
     # ---- answering ----------------------------------------------------------------------------------------------
 
     def generate(self, queries: Sequence[Query]) -> list[Completion]:
@@ -122,7 +136,7 @@ class HF:
             yield failed or self.generate([query])[0]
             return
         draw = query.sampling
-        row = Row(prompt, self._processors(query, len(prompt)), draw.max_tokens, draw.top_logprobs or -1)
+        row = Row(prompt, self._processors(query, len(prompt)), draw.max_tokens, draw.top_logprobs or -1, self._adapter)
         tokens: list[int] = []
         said, read = "", len(prompt)
         with closing(self._decoding.stream(row)) as answer:
