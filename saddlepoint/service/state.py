@@ -1,0 +1,445 @@
+"""What the service knows, in SQLite or PostgreSQL: jobs, their events, checkpoints and models; files and webhooks stand beside.
+
+Servers and workers share nothing but this database and the blob store. A job's life:
+
+    validating_files -> queued -> running -> succeeded | failed | cancelled
+          paused <-> queued, running
+
+A worker claims a job with a lease, renews it with `beat`, and writes under it; whoever lost the lease can write no more. `cancel` and
+`pause` take effect at once here, and the worker learns of them at its next beat.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Engine, Row, delete, exists, func, insert, or_, select, update
+
+from saddlepoint.errors import SaddlepointError
+from saddlepoint.service.outbox import Outbox, announce
+from saddlepoint.service.records import ACTIVE, Checkpoint, File, Job, JobEvent, Manifest, Model, Status
+from saddlepoint.service.rows import Refused, add, disuse, first, fresh, of, page, put, record, use
+from saddlepoint.service.schema import CHECKPOINT, EVENT, FILE, JOB, LABEL, MODEL, clock, connected, prepare, reading, writing
+from saddlepoint.service.shelf import Shelf, alive
+
+Wish = Literal["go", "cancel", "pause"]
+KEPT = 3  # checkpoints of a job
+
+
+class Lost(SaddlepointError):
+    """The job is no longer this worker's: its lease ran out, or the job was ended or paused. Stop working on it."""
+
+
+class State:
+    """The service's database. Threads may share one.
+
+    Args:
+        drop: Told the SHA-256 of each blob that nothing refers to any more, before anybody can refer to it again.
+    """
+
+    def __init__(self, engine: Engine, drop: Callable[[str], None] = lambda sha: None):
+        self._engine, self._drop = engine, drop
+        self.files, self.outbox = Shelf(engine, drop), Outbox(engine)
+
+    @classmethod
+    def open(cls, place: str, drop: Callable[[str], None] = lambda sha: None) -> "State":
+        """The database of a folder or URL (see `connected`), made where it is not there yet.
+
+        Raises:
+            UsageError: It is neither.
+            StoreError: It cannot be reached, or another version wrote it.
+        """
+        engine = connected(place)
+        prepare(engine)
+        return cls(engine, drop)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._engine.dispose()
+
+    # ---- jobs, as their owners see them
+
+    def create(self, job: Job, most: int = 0) -> Job:
+        """Record a new job.
+
+        Args:
+            most: Jobs that its owner may have that have not ended; 0 is no limit.
+
+        Raises:
+            Refused: There are as many, or a file of it is gone.
+        """
+        with writing(self._engine, alone=True) as db:
+            if most:
+                waiting = select(func.count()).select_from(JOB).where(JOB.c.owner == job.owner, JOB.c.status.in_(ACTIVE))
+                if (found := int(db.execute(waiting).scalar_one())) >= most:
+                    said = f"{found} jobs of this key have not ended, and no more are allowed; wait for one or cancel it"
+                    raise Refused(said, "exceeded_quota")
+            for file in filter(None, (job.training_file, job.validation_file)):
+                if not db.execute(alive(None).where(FILE.c.id == file)).first():
+                    raise Refused(f"the file {file} was deleted", "invalid_file")
+            add(db, JOB, job)
+            for key, value in (job.metadata or {}).items():
+                db.execute(insert(LABEL).values(job=job.id, key=key, value=value))
+            self._event(db, job.id, f"Created fine-tuning job: {job.id}")
+            files = job.training_file + (f" and validation file: {job.validation_file}" if job.validation_file else "")
+            self._event(db, job.id, f"Validating training file: {files}")
+        return job
+
+    def job(self, id: str, owner: str | None = None) -> Job | None:
+        """A job; its id may begin with `ft-` as in 2023."""
+        with reading(self._engine) as db:
+            return first(Job, db, of(select(JOB), JOB, owner).where(JOB.c.id == _today(id)))
+
+    def jobs(
+        self, owner: str | None, limit: int = 20, after: str | None = None, labels: Mapping[str, str] | None = None, bare: bool = False
+    ) -> tuple[list[Job], bool]:
+        """A page of jobs, the newest first, and whether there are more.
+
+        Args:
+            labels: Only jobs with all of these in their metadata.
+            bare: Only jobs without metadata.
+        """
+        query = of(select(JOB), JOB, owner)
+        for key, value in (labels or {}).items():
+            query = query.where(exists().where(LABEL.c.job == JOB.c.id, LABEL.c.key == key, LABEL.c.value == value))
+        if bare:
+            query = query.where(~exists().where(LABEL.c.job == JOB.c.id))
+        with reading(self._engine) as db:
+            return page(Job, db, query, JOB, limit, after and _today(after))
+
+    def events(self, job: str, limit: int = 20, after: str | None = None) -> tuple[list[JobEvent], bool]:
+        """A page of a job's events, the newest first, and whether there are more."""
+        with reading(self._engine) as db:
+            return page(JobEvent, db, select(EVENT).where(EVENT.c.job == job), EVENT, limit, after)
+
+    def checkpoints(self, job: str) -> list[Checkpoint]:
+        """A job's checkpoints, the highest step first."""
+        with reading(self._engine) as db:
+            return [record(Checkpoint, row) for row in db.execute(_CHECKPOINTS.where(CHECKPOINT.c.job == job))]
+
+    def cancel(self, id: str) -> Job:
+        """End a job; whatever trains it stops at its next beat.
+
+        Raises:
+            Refused: It has ended.
+        """
+        with writing(self._engine, alone=True) as db:
+            job = self._locked(db, id)
+            if job.status not in ACTIVE:
+                raise Refused(f"the job {id} has {_ended(job.status)} and cannot be cancelled", "invalid_state")
+            return self._end(db, job, "cancelled", "The job has been cancelled")
+
+    def pause(self, id: str) -> Job:
+        """Halt a job; whatever trains it saves its state and stops.
+
+        Raises:
+            Refused: It has ended or is paused.
+        """
+        with writing(self._engine) as db:
+            job = self._locked(db, id)
+            if job.status not in ACTIVE or job.status == "paused":
+                raise Refused(f"the job {id} has {_ended(job.status)} and cannot be paused", "invalid_state")
+            self._event(db, id, "The job has been paused")
+            return self._update(db, id, status="paused")
+
+    def resume(self, id: str) -> Job:
+        """Let a paused job go on.
+
+        Raises:
+            Refused: It is not paused.
+        """
+        with writing(self._engine) as db:
+            job = self._locked(db, id)
+            if job.status != "paused":
+                raise Refused(f"the job {id} has {_ended(job.status)}; only a paused job can be resumed", "invalid_state")
+            self._event(db, id, "The job has been resumed")
+            return self._update(db, id, status="queued" if job.validated else "validating_files")
+
+    # ---- jobs, as workers see them
+
+    def claim(
+        self, worker: str, lease: float, among: Collection[Status] = ("validating_files", "queued", "running"), bases: Collection[str] = ()
+    ) -> Job | None:
+        """Take the oldest job that nobody holds: one that waits, or a running one whose lease ran out. A queued one is then running.
+
+        Args:
+            worker: A name that no other process has, now or later.
+            lease: Seconds in which `beat` must be called.
+            bases: Only jobs on these bases; () takes any.
+        """
+        with writing(self._engine) as db:
+            now = clock(db)
+            query = select(JOB).where(JOB.c.status.in_(among), or_(JOB.c.worker == "", JOB.c.lease < now))
+            query = query.where(JOB.c.base.in_(bases)) if bases else query
+            job = first(Job, db, query.order_by(JOB.c.number).limit(1).with_for_update(skip_locked=True))
+            if job is None:
+                return None
+            if job.status == "queued" and not job.claims:
+                self._event(db, job.id, "Fine-tuning job started")
+            values: dict[str, Any] = {"worker": worker, "lease": now + lease}
+            if job.validated:
+                values |= {"status": "running", "claims": job.claims + 1}
+            return self._update(db, job.id, **values)
+
+    def beat(self, id: str, worker: str, lease: float) -> Wish:
+        """Renew a lease. "pause": save the state, stop and `leave`; "cancel": stop at once and `leave`, the job has ended.
+
+        Raises:
+            Lost: Another worker has it.
+        """
+        with writing(self._engine) as db:
+            job = self._locked(db, id)
+            if job.worker != worker:
+                raise Lost(f"the job {id} is another worker's")
+            self._update(db, id, lease=clock(db) + lease)
+        return "go" if job.status in ("validating_files", "running") else "pause" if job.status in ACTIVE else "cancel"
+
+    def leave(self, id: str, worker: str) -> None:
+        """Give a job back; whoever does not hold it gives nothing back."""
+        with writing(self._engine) as db:
+            db.execute(update(JOB).where(JOB.c.id == id, JOB.c.worker == worker).values(worker="", lease=0.0))
+
+    def validated(self, id: str, worker: str) -> None:
+        """A job's files are good: it is queued, and the worker holds it no longer.
+
+        Raises:
+            Lost: It is not this worker's to write.
+        """
+        with writing(self._engine) as db:
+            self._mine(db, id, worker)
+            self._event(db, id, "Files validated, moving job to queued state")
+            self._update(db, id, status="queued", validated=True, worker="", lease=0.0)
+
+    def learned(
+        self, id: str, worker: str, *, hyperparameters: Mapping[str, Any] | None = None, estimated_finish: int | None = None
+    ) -> None:
+        """Record what a worker found out: the hyperparameters that were "auto", or when it will be done.
+
+        Raises:
+            Lost: It is not this worker's to write.
+        """
+        values = {"hyperparameters": hyperparameters, "estimated_finish": estimated_finish}
+        with writing(self._engine) as db:
+            job = self._mine(db, id, worker)
+            known = {name: value for name, value in values.items() if value is not None}
+            if hyperparameters is not None:
+                kind = job.method["type"]
+                known["method"] = {**job.method, kind: {**job.method.get(kind, {}), "hyperparameters": hyperparameters}}
+            self._update(db, id, **known)
+
+    def event(
+        self, job: str, message: str, level: str = "info", type: str = "message", data: Mapping[str, Any] | None = None, key: str = ""
+    ) -> None:
+        """Record an event of a job that has not ended; one with a `key` that is recorded already adds nothing."""
+        with writing(self._engine) as db:
+            if db.execute(select(JOB.c.id).where(JOB.c.id == job, JOB.c.status.in_(ACTIVE))).first():
+                self._event(db, job, message, level, type, data, key)
+
+    def checkpoint(self, job: str, step: int, metrics: Mapping[str, Any], manifest: Manifest, *, worker: str = "") -> Checkpoint:
+        """Record a checkpoint whose blobs were put; put them again afterwards. The last three are kept. A step is recorded once.
+
+        Args:
+            worker: Who holds the job; "" does not ask.
+
+        Raises:
+            Lost: It is not this worker's to write.
+        """
+        with writing(self._engine, alone=True) as db:
+            record = self._mine(db, job, worker) if worker else self._locked(db, job)
+            if found := first(Checkpoint, db, select(CHECKPOINT).where(CHECKPOINT.c.job == job, CHECKPOINT.c.step == step)):
+                return found
+            name = f"{record.name}:ckpt-step-{step}"
+            made = Checkpoint(fresh("ftckpt_"), job, int(time.time()), step, name, metrics, manifest)
+            add(db, CHECKPOINT, made)
+            use(db, made.id, manifest.values())
+            self._event(db, job, f"Checkpoint created at step {step}", key=f"checkpoint {step}")
+            for old in db.execute(_CHECKPOINTS.where(CHECKPOINT.c.job == job).offset(KEPT)).all():
+                self._delete_checkpoint(db, old.id)
+        return made
+
+    def finish(
+        self,
+        id: str,
+        status: Literal["succeeded", "failed"],
+        *,
+        worker: str,
+        manifest: Manifest | None = None,
+        result: tuple[str, int] | None = None,
+        trained_tokens: int | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """End a job: its model, its result file, its last events and its webhooks are there together or not at all.
+
+        Args:
+            manifest: The model's files, whose blobs were put; put them again afterwards. Needed to succeed.
+            result: SHA-256 and bytes of the result CSV, likewise.
+            error: {"code", "message", "param"} of a job that failed.
+
+        Raises:
+            Lost: It is not this worker's to write.
+        """
+        with writing(self._engine, alone=True) as db:
+            job = self._mine(db, id, worker)
+            values: dict[str, Any] = {"trained_tokens": trained_tokens, "result_files": self._result(db, job, result)}
+            if status == "failed":
+                said = str((error or {}).get("message") or "The job has failed")
+                return self._end(db, job, "failed", said, level="error", error=dict(error or {}), **values)
+            assert manifest, "a model has files"
+            self._publish(db, job, manifest)
+            return self._end(db, job, "succeeded", "The job has successfully completed", fine_tuned_model=job.name, **values)
+
+    def held(
+        self,
+        id: str,
+        reason: str,
+        data: Mapping[str, Any],
+        *,
+        worker: str,
+        manifest: Manifest,
+        result: tuple[str, int] | None = None,
+        trained_tokens: int | None = None,
+    ) -> Job:
+        """End a job whose model the gate does not publish: its files are kept, so that an administrator can release it.
+
+        Args:
+            reason: Which test failed and by how much.
+            data: The same for programs; the data of an event `moderation_checks`.
+
+        Raises:
+            Lost: It is not this worker's to write.
+        """
+        with writing(self._engine, alone=True) as db:
+            job = self._mine(db, id, worker)
+            use(db, id, manifest.values())
+            self._event(db, id, reason, "error", "moderation_checks", data)
+            values: dict[str, Any] = {
+                "trained_tokens": trained_tokens,
+                "result_files": self._result(db, job, result),
+                "held": dict(manifest),
+            }
+            error = {"code": "held", "message": reason, "param": None}
+            return self._end(db, job, "failed", "The fine-tuned model is held and not published", level="error", error=error, **values)
+
+    def release(self, id: str, who: str, why: str) -> Job:
+        """Publish a held model, on the record.
+
+        Args:
+            who: The name of an administrator's key.
+
+        Raises:
+            Refused: The job's model is not held.
+        """
+        with writing(self._engine, alone=True) as db:
+            job = self._locked(db, id)
+            if job.held is None:
+                raise Refused(f"the job {id} holds no model back; its status is {job.status}", "invalid_state")
+            said = f"The model was released by {who}: {why}"
+            self._event(db, id, said, "warn", "moderation_checks", {"released_by": who, "reason": why, "error": job.error})
+            self._publish(db, job, job.held)
+            disuse(db, id, self._drop)
+            done = "The job has successfully completed"
+            return self._end(db, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
+
+    def _locked(self, db: Connection, id: str) -> Job:
+        job = first(Job, db, select(JOB).where(JOB.c.id == id).with_for_update())
+        if job is None:
+            raise Refused(f"there is no job {id}", "not_found")
+        return job
+
+    def _mine(self, db: Connection, id: str, worker: str) -> Job:
+        job = self._locked(db, id)
+        if job.worker != worker or job.status not in ("validating_files", "running"):
+            raise Lost(f"the job {id} is {job.status} and not this worker's to write")
+        return job
+
+    def _update(self, db: Connection, id: str, **values: Any) -> Job:
+        db.execute(update(JOB).where(JOB.c.id == id).values(**values))
+        return self._locked(db, id)
+
+    def _end(self, db: Connection, job: Job, status: Status, said: str, level: str = "info", **values: Any) -> Job:
+        """The end of a job, with its last event and its webhooks. Who trained it keeps it until `leave`, but where it ended itself."""
+        now = int(time.time())
+        self._event(db, job.id, said, level)
+        if status != "cancelled":
+            values |= {"worker": "", "lease": 0.0}
+        announce(db, job.id, status)
+        return self._update(db, job.id, status=status, finished_at=now, estimated_finish=None, **values)
+
+    def _publish(self, db: Connection, job: Job, manifest: Manifest) -> None:
+        add(db, MODEL, Model(job.name, job.owner, int(time.time()), job.base, job.id, dict(manifest)))
+        use(db, job.name, manifest.values())
+        self._event(db, job.id, f"New fine-tuned model created: {job.name}")
+
+    def _result(self, db: Connection, job: Job, result: tuple[str, int] | None) -> list[str]:
+        if result is None:
+            return []
+        sha, size = result
+        file = File(fresh("file-"), job.owner, size, int(time.time()), "step_metrics.csv", "fine-tune-results", sha)
+        add(db, FILE, file)
+        use(db, file.id, [sha])
+        return [file.id]
+
+    def _event(
+        self,
+        db: Connection,
+        job: str,
+        message: str,
+        level: str = "info",
+        type: str = "message",
+        data: Mapping[str, Any] | None = None,
+        key: str = "",
+    ) -> None:
+        row = {"job": job, "created_at": int(time.time()), "level": level, "message": message, "type": type, "data": data}
+        put(db, EVENT, [{"id": fresh("ftevent-"), **row, "key": key or None}])
+
+    # ---- models
+
+    def models(self, owner: str | None = None) -> list[Model]:
+        """The published models, the oldest first, each followed by its checkpoints."""
+        joined = select(CHECKPOINT, JOB.c.owner, JOB.c.base).join(JOB, JOB.c.id == CHECKPOINT.c.job).where(JOB.c.status == "succeeded")
+        with reading(self._engine) as db:
+            whole = [record(Model, row) for row in db.execute(of(select(MODEL), MODEL, owner).order_by(MODEL.c.number))]
+            steps = [_stepped(row) for row in db.execute(of(joined, JOB, owner).order_by(CHECKPOINT.c.step))]
+        made = {model.job for model in whole}
+        return [one for model in whole for one in (model, *(s for s in steps if s.job == model.job))] + [
+            s for s in steps if s.job not in made
+        ]
+
+    def model(self, name: str, owner: str | None = None) -> Model | None:
+        """A published model, or a checkpoint of a job that has succeeded, by its name."""
+        joined = select(CHECKPOINT, JOB.c.owner, JOB.c.base).join(JOB, JOB.c.id == CHECKPOINT.c.job).where(JOB.c.status == "succeeded")
+        with reading(self._engine) as db:
+            found = first(Model, db, of(select(MODEL), MODEL, owner).where(MODEL.c.name == name))
+            row = None if found else db.execute(of(joined, JOB, owner).where(CHECKPOINT.c.name == name)).first()
+        return _stepped(row) if row else found
+
+    def delete_model(self, name: str, owner: str | None = None) -> bool:
+        """Delete a model, or one checkpoint: whether it was there. A job's checkpoints stay where its last weights go."""
+        with writing(self._engine, alone=True) as db:
+            if db.execute(of(select(MODEL), MODEL, owner).where(MODEL.c.name == name)).first():
+                db.execute(delete(MODEL).where(MODEL.c.name == name))
+                disuse(db, name, self._drop)
+                return True
+            joined = select(CHECKPOINT.c.id).join(JOB, JOB.c.id == CHECKPOINT.c.job).where(CHECKPOINT.c.name == name)
+            if found := db.execute(of(joined, JOB, owner)).scalar():
+                self._delete_checkpoint(db, found)
+            return bool(found)
+
+    def _delete_checkpoint(self, db: Connection, id: str) -> None:
+        db.execute(delete(CHECKPOINT).where(CHECKPOINT.c.id == id))
+        disuse(db, id, self._drop)
+
+
+_CHECKPOINTS = select(CHECKPOINT).order_by(CHECKPOINT.c.step.desc())
+
+
+def _stepped(row: Row[Any]) -> Model:
+    return Model(row.name, row.owner, row.created_at, row.base, row.job, row.manifest, row.step)
+
+
+def _today(id: str) -> str:
+    return f"ftjob-{id.removeprefix('ft-')}" if id.startswith("ft-") else id
+
+
+def _ended(status: str) -> str:
+    return {"running": "begun to run", "paused": "been paused"}.get(status, f"status {status}")
