@@ -4,67 +4,49 @@ Source: the check of OpenAI's fine-tuning guide of 2023, whose codes are kept, a
 guide's is wrong: a message whose content is null is whole if it calls a tool, and values that are no text do not break the check.
 """
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
 from typing import Any
 
-from saddlepoint.finetuning._json import Path, value
+from saddlepoint.finetuning._issues import Issue, Issues, kind, unread
+from saddlepoint.finetuning._json import Path
+from saddlepoint.finetuning._tool_rules import called, returned, tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 KEYS = ("role", "content", "name", "weight", "refusal", "tool_calls", "function_call", "tool_call_id")
 CHAT_KEYS = ("messages", "tools", "functions", "parallel_tool_calls")
 PREFERENCE_KEYS = ("input", "preferred_completion", "non_preferred_completion")
 COMPLETION_KEYS = ("prompt", "completion")
-TOOLS = 128
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _TURN = '{"role": "assistant", "content": "..."}'
-
-
-@dataclass(frozen=True)
-class Issue:
-    """Something wrong, or odd, at a value of a line.
-
-    Args:
-        path: The keys and places that lead to it.
-        key: It is the key, and not its value, that is wrong.
-        warning: The line can be used all the same.
-    """
-
-    path: Path
-    code: str
-    message: str
-    key: bool = False
-    warning: bool = False
-
-
-Issues = Iterator[Issue]
 
 
 def chat(line: Mapping[str, Any]) -> Issues:
     """`{"messages": [...]}`, with `tools` or `functions` where the assistant calls them; the assistant's messages are learned."""
-    yield from _others(line, CHAT_KEYS)
-    if (yield from _asked(line, ())):
+    yield from unread(line, CHAT_KEYS)
+    known = yield from tools(line, ())
+    if (yield from _asked(line, (), known)):
         yield from _learned(line["messages"])
 
 
 def reinforcement(line: Mapping[str, Any]) -> Issues:
     """`{"messages": [...], ...}`: a prompt, and whatever fields its grader reads."""
-    if (yield from _asked(line, ())) and line["messages"][-1].get("role") in ("assistant", "system", "developer"):
+    known = yield from tools(line, ())
+    if (yield from _asked(line, (), known)) and line["messages"][-1].get("role") in ("assistant", "system", "developer"):
         said = "the last message must be the user's or a tool's, because the answer to it is what is graded"
         yield Issue(("messages", len(line["messages"]) - 1), "last_not_user", said)
 
 
 def preference(line: Mapping[str, Any]) -> Issues:
     """`{"input": {"messages": [...]}, "preferred_completion": [...], "non_preferred_completion": [...]}`, one message in each."""
-    yield from _others(line, PREFERENCE_KEYS)
+    yield from unread(line, PREFERENCE_KEYS)
+    known: frozenset[str] | None = None
     if "input" not in line:
         yield Issue((), "missing_input", '"input" is missing; it holds the prompt: {"messages": [...]}')
     elif not isinstance(line["input"], dict):
         yield Issue(("input",), "data_type", f'"input" must be an object with "messages"; got {kind(line["input"])}')
     else:
-        yield from _others(line["input"], CHAT_KEYS, ("input",))
-        if (yield from _asked(line["input"], ("input",))) and line["input"]["messages"][-1].get("role") == "assistant":
+        yield from unread(line["input"], CHAT_KEYS, ("input",))
+        known = yield from tools(line["input"], ("input",))
+        if (yield from _asked(line["input"], ("input",), known)) and line["input"]["messages"][-1].get("role") == "assistant":
             said = "the last message of the input is the assistant's, so that the completion is a second answer to nothing"
             yield Issue(("input", "messages", len(line["input"]["messages"]) - 1), "last_not_user", said, warning=True)
     answers = []
@@ -77,7 +59,7 @@ def preference(line: Mapping[str, Any]) -> Issues:
             yield Issue((side,), "invalid_completion", f'"{side}" must be a list of one message, [{_TURN}]; got {got}')
         else:
             answers.append(found)
-            yield from _message(found[0], (side, 0), {})
+            yield from _message(found[0], (side, 0), set(), known)
             if found[0].get("role") in ROLES and found[0]["role"] != "assistant":
                 yield Issue((side, 0, "role"), "unrecognized_role", f"a completion is the assistant's; got {found[0]['role']!r}")
             if "weight" in found[0]:
@@ -88,7 +70,7 @@ def preference(line: Mapping[str, Any]) -> Issues:
 
 def completion(line: Mapping[str, Any]) -> Issues:
     """`{"prompt": "...", "completion": "..."}`: text as it is, for models without a chat."""
-    yield from _others(line, COMPLETION_KEYS)
+    yield from unread(line, COMPLETION_KEYS)
     for key in COMPLETION_KEYS:
         if key not in line:
             yield Issue((), f"missing_{key}", f'"{key}" is missing; a line is {{"prompt": "...", "completion": "..."}}')
@@ -98,9 +80,8 @@ def completion(line: Mapping[str, Any]) -> Issues:
             yield Issue((key,), "missing_completion", "the completion is empty, so nothing would be learned")
 
 
-def _asked(line: Mapping[str, Any], at: Path) -> Iterator[Any]:
-    """The messages and the tools of a line; returns whether the messages are a list of objects, so that more can be said of them."""
-    tools = yield from _tools(line, at)
+def _asked(line: Mapping[str, Any], at: Path, known: frozenset[str] | None) -> Generator[Issue, None, bool]:
+    """The messages of a line; returns whether they are a list of objects, so that more can be said of them."""
     turns = line.get("messages")
     if "messages" not in line:
         yield Issue(
@@ -111,9 +92,9 @@ def _asked(line: Mapping[str, Any], at: Path) -> Iterator[Any]:
         got = "an empty list" if turns == [] else kind(turns)
         yield Issue((*at, "messages"), "missing_messages_list", f'"messages" must be a list of at least one message; got {got}')
         return False
-    calls: dict[str, str] = {}
+    calls: set[str] = set()
     for place, turn in enumerate(turns):
-        yield from _message(turn, (*at, "messages", place), calls, tools)
+        yield from _message(turn, (*at, "messages", place), calls, known)
     if not all(isinstance(turn, dict) for turn in turns):
         return False
     roles = {turn.get("role") for turn in turns if isinstance(turn.get("role"), str)}
@@ -138,7 +119,7 @@ def _learned(turns: list[dict[str, Any]]) -> Issues:
         yield Issue(("messages", len(turns) - 1), "last_not_assistant", said, warning=True)
 
 
-def _message(turn: Any, at: Path, calls: dict[str, str], tools: frozenset[str] | None = None) -> Issues:
+def _message(turn: Any, at: Path, calls: set[str], known: frozenset[str] | None) -> Issues:
     """One message; `calls` is told the ids of its calls, and knows those before it."""
     if not isinstance(turn, dict):
         yield Issue(at, "data_type", f"a message must be an object; got {kind(turn)}")
@@ -160,8 +141,8 @@ def _message(turn: Any, at: Path, calls: dict[str, str], tools: frozenset[str] |
         if turn.get(key) is not None and role in ROLES and role != "assistant":
             code = "invalid_weight" if key == "weight" else "message_unrecognized_key"
             yield Issue((*at, key), code, f'only an assistant message has "{key}"; this one is by the role {role!r}', key=True)
-    yield from _calls(turn, at, calls, tools)
-    yield from _result(turn, at, calls)
+    yield from called(turn, at, calls, known)
+    yield from returned(turn, at, calls)
 
 
 def _content(turn: Mapping[str, Any], at: Path) -> Issues:
@@ -199,123 +180,5 @@ def _parts(parts: list[Any], at: Path) -> Issues:
             yield Issue((*at, place), "missing_content", f'the part has no text under "{name}"')
 
 
-def _tools(line: Mapping[str, Any], at: Path) -> Iterator[Any]:
-    """The tools of a line; returns their names, or None where it lists none."""
-    if line.get("parallel_tool_calls") is not None and not isinstance(line["parallel_tool_calls"], bool):
-        got = kind(line["parallel_tool_calls"])
-        yield Issue((*at, "parallel_tool_calls"), "data_type", f'"parallel_tool_calls" is true or false; got {got}')
-    if line.get("tools") is not None and line.get("functions") is not None:
-        yield Issue((*at, "functions"), "invalid_tools", '"tools" and "functions" are given; keep "tools"', key=True)
-    names: set[str] = set()
-    for key in ("tools", "functions"):
-        listed = line.get(key)
-        if listed is None:
-            continue
-        if not isinstance(listed, list) or not 1 <= len(listed) <= TOOLS:
-            got = f"{len(listed)} of them" if isinstance(listed, list) else kind(listed)
-            yield Issue((*at, key), "invalid_tools", f'"{key}" must be a list of 1 to {TOOLS} of them; got {got}')
-            continue
-        for place, tool in enumerate(listed):
-            where: Path = (*at, key, place)
-            if key == "tools":
-                if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-                    yield Issue(where, "invalid_tools", 'a tool is {"type": "function", "function": {"name": ..., "parameters": {...}}}')
-                    continue
-                tool, where = tool["function"], (*where, "function")
-            yield from _function(tool, where, names)
-    return frozenset(names) if names else None
-
-
-def _function(tool: Any, at: Path, names: set[str]) -> Issues:
-    if not isinstance(tool, dict):
-        yield Issue(at, "invalid_tools", f'a function is an object with a "name"; got {kind(tool)}')
-        return
-    name = tool.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        where = (*at, "name") if "name" in tool else at
-        yield Issue(where, "invalid_tools", "a function's name has 1 to 64 of the characters a-z, A-Z, 0-9, _ and -")
-    elif name in names:
-        yield Issue((*at, "name"), "invalid_tools", f"the function {name!r} is listed twice; keep one")
-    else:
-        names.add(name)
-    for key, type_, need in (("description", str, "a text"), ("parameters", dict, "a JSON schema, an object"), ("strict", bool, "a bool")):
-        if tool.get(key) is not None and not isinstance(tool[key], type_):
-            yield Issue((*at, key), "invalid_tools", f"a function's {key} must be {need}; got {kind(tool[key])}")
-
-
-def _calls(turn: Mapping[str, Any], at: Path, calls: dict[str, str], tools: frozenset[str] | None) -> Issues:
-    if turn.get("function_call") is not None:
-        if turn.get("tool_calls") is not None:
-            yield Issue(
-                (*at, "function_call"), "invalid_tool_calls", '"tool_calls" and "function_call" are given; keep "tool_calls"', key=True
-            )
-        yield from _call(turn["function_call"], (*at, "function_call"), tools)
-    listed = turn.get("tool_calls")
-    if listed is None:
-        return
-    if not isinstance(listed, list) or not listed:
-        got = "an empty list" if listed == [] else kind(listed)
-        yield Issue((*at, "tool_calls"), "invalid_tool_calls", f'"tool_calls" must be a list of at least one call; got {got}')
-        return
-    for place, call in enumerate(listed):
-        where: Path = (*at, "tool_calls", place)
-        if not isinstance(call, dict) or call.get("type", "function") != "function" or not isinstance(call.get("id"), str):
-            need = '{"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}'
-            yield Issue(where, "invalid_tool_calls", f"a call is {need}")
-            continue
-        if call["id"] in calls:
-            yield Issue((*where, "id"), "invalid_tool_calls", f"the id {call['id'][:40]!r} is that of an earlier call; give each its own")
-        named = call.get("function")
-        calls[call["id"]] = str(named.get("name")) if isinstance(named, dict) else ""
-        yield from _call(named, (*where, "function") if "function" in call else where, tools)
-
-
-def _call(call: Any, at: Path, tools: frozenset[str] | None) -> Issues:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), str):
-        yield Issue(at, "invalid_tool_calls", 'a called function is {"name": "...", "arguments": "{...}"}, its arguments JSON in a text')
-        return
-    if not isinstance(value(call["arguments"]), dict):
-        yield Issue(
-            (*at, "arguments"), "invalid_tool_calls", f"the arguments of a call are a JSON object in a text; got {call['arguments'][:40]!r}"
-        )
-    if tools is None:
-        said = f'{call["name"][:40]!r} is called, and the line has no "tools"; list it, or the model learns to call what it is not told of'
-        yield Issue((*at, "name"), "unknown_tool", said, warning=True)
-    elif call["name"] not in tools:
-        yield Issue((*at, "name"), "unknown_tool", f"{call['name'][:40]!r} is none of the line's tools: {', '.join(sorted(tools)[:8])}")
-
-
-def _result(turn: Mapping[str, Any], at: Path, calls: Mapping[str, str]) -> Issues:
-    """What a tool returned."""
-    if turn.get("role") == "function" and not turn.get("name"):
-        yield Issue(at, "message_missing_key", 'a message by the role "function" needs the "name" of the function')
-    if turn.get("role") != "tool":
-        if turn.get("tool_call_id") is not None and turn.get("role") in ROLES:
-            yield Issue((*at, "tool_call_id"), "message_unrecognized_key", 'only a message by the role "tool" has "tool_call_id"', key=True)
-    elif not turn.get("tool_call_id"):
-        yield Issue(at, "message_missing_key", 'a message by the role "tool" needs the "tool_call_id" of the call that it answers')
-    elif isinstance(turn["tool_call_id"], str) and turn["tool_call_id"] not in calls:
-        said = f"no call before this message has the id {turn['tool_call_id'][:40]!r}"
-        yield Issue((*at, "tool_call_id"), "unknown_tool_call", said)
-
-
-def _others(line: Mapping[str, Any], known: tuple[str, ...], at: Path = ()) -> Issues:
-    for key in line:
-        if key not in known:
-            said = f"the key {key[:40]!r} is not read; known here: {', '.join(known)}"
-            yield Issue((*at, key), "unrecognized_key", said, key=True, warning=True)
-
-
 def _zero(weight: Any) -> bool:
     return weight is not None and not isinstance(weight, bool) and weight == 0
-
-
-def kind(found: Any) -> str:
-    """A value in a few words."""
-    if isinstance(found, str):
-        return f"the text {found[:20]!r}"
-    if found is None or isinstance(found, bool):
-        return {None: "null", True: "true", False: "false"}[found]
-    if isinstance(found, int | float):
-        return f"the number {str(found)[:20]}"
-    return "a list" if isinstance(found, list) else "an object"

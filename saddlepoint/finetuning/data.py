@@ -8,7 +8,6 @@ A file is JSON Lines in UTF-8, in one of four formats:
     reinforcement   {"messages": [..., {"role": "user", "content": "..."}], ...}: any other fields are for the grader
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from saddlepoint import tool_text
 from saddlepoint.finetuning import _rules as rules
+from saddlepoint.finetuning._issues import Issue, kind
 from saddlepoint.finetuning._json import ABSENT, value, walk
 from saddlepoint.types import Message, Role
 
@@ -156,13 +156,11 @@ def _line(raw: bytes, number: int, format: Format) -> tuple[Record | None, list[
     return (None if mistakes else _record(line, number, format)), mistakes, warnings
 
 
-def _issues(line: Any, format: Format) -> Iterator[rules.Issue]:
+def _issues(line: Any, format: Format) -> Iterator[Issue]:
     if not isinstance(line, dict):
-        yield rules.Issue((), "data_type", f"a line must be a JSON object; got {rules.kind(line)}")
+        yield Issue((), "data_type", f"a line must be a JSON object; got {kind(line)}")
     elif (other := _looks(line)) and other != format and {other, format} != {"chat", "reinforcement"}:
-        yield rules.Issue(
-            (), "wrong_format", f"the line is of the format {other}, and the file of the format {format}; put it in another file"
-        )
+        yield Issue((), "wrong_format", f"the line is of the format {other}, and the file of the format {format}; put it in another file")
     else:
         yield from RULES[format](line)
 
@@ -234,5 +232,5 @@ def _text(turn: Mapping[str, Any]) -> str:
     content = turn.get("content")
     text = content if isinstance(content, str) else "".join(part[part["type"]] for part in content or ())
     calls = [call["function"] for call in turn.get("tool_calls") or ()] + [c for c in [turn.get("function_call")] if c]
-    said = tool_text.written((call["name"], json.dumps(json.loads(call["arguments"]))) for call in calls)
+    said = tool_text.written((call["name"], call["arguments"]) for call in calls)
     return "\n".join(filter(None, (text or turn.get("refusal") or "", said)))
