@@ -2,7 +2,7 @@
 
 Source:  BLEU through sacrebleu; GLEU: Wu et al. 2016, "Google's Neural Machine Translation System", https://arxiv.org/abs/1609.08144;
          ROUGE: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", https://aclanthology.org/W04-1013
-Differs: words are lower-cased runs of letters and digits, without stemming; ROUGE is its F1. METEOR needs WordNet and cannot be had.
+Differs: words are lower-cased runs of letters, digits and underscores, without stemming; ROUGE is its F1. METEOR needs WordNet and cannot be had.
 """
 
 import re
@@ -28,6 +28,8 @@ def bleu(text: str, reference: str) -> float:
         from sacrebleu.metrics import BLEU
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"bleu needs {missing.name}: pip install 'saddlepoint[local]'") from missing
+    if text == reference:
+        return 1.0
     return min(1.0, float(BLEU(effective_order=True).sentence_score(text, [reference]).score) / 100)
 
 
