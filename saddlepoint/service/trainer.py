@@ -13,7 +13,7 @@ import sys
 import time
 from threading import Event
 
-from saddlepoint.service import tuning
+from saddlepoint.service import stages
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.processes import GRACE, on_lifeline
 from saddlepoint.service.setting import Setting, parser
@@ -43,7 +43,7 @@ def main() -> None:
     if job is None:
         sys.exit(f"there is no job {given.job}")
     task = Task(job, given.worker, setting, state, Blobs(setting.files), stop, patient)
-    task.run(tuning.validate if job.status == "validating_files" else tuning.tune)
+    task.run(stages.validate if job.status == "validating_files" else stages.tune)
 
 
 if __name__ == "__main__":
