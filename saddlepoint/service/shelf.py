@@ -82,7 +82,7 @@ class Shelf:
         return upload
 
     def upload(self, id: str, owner: str | None = None) -> Upload | None:
-        """An upload; one that is overdue is `expired`."""
+        """An upload."""
         with reading(self._engine) as db:
             return first(Upload, db, of(select(UPLOAD), UPLOAD, owner).where(UPLOAD.c.id == id))
 
@@ -109,8 +109,17 @@ class Shelf:
             rows = db.execute(select(PART).where(PART.c.upload == upload))
             return {part.id: part for part in (record(Part, row) for row in rows)}
 
+    def pending(self, id: str) -> Upload:
+        """An upload that can still be completed.
+
+        Raises:
+            Refused: It is not pending.
+        """
+        with reading(self._engine) as db:
+            return _pending(db, id)
+
     def complete(self, upload: str, file: File) -> File:
-        """End an upload with its file, whose blob was put; its parts are dropped. Put the blob again, then call `ready`.
+        """End an upload with its file, whose blob was put. Put it again, then call `settle`.
 
         Raises:
             Refused: It is not pending.
@@ -119,8 +128,14 @@ class Shelf:
             _pending(db, upload)
             add(db, FILE, file)
             use(db, file.id, [file.sha])
-            self._end_upload(db, upload, "completed", file.id)
+            db.execute(update(UPLOAD).where(UPLOAD.c.id == upload).values(status="completed", file=file.id))
         return file
+
+    def settle(self, upload: str, file: str) -> None:
+        """The blob of an upload's file is there; its parts are dropped."""
+        with writing(self._engine, alone=True) as db:
+            db.execute(update(FILE).where(FILE.c.id == file).values(status="processed"))
+            self._drop_parts(db, upload)
 
     def cancel_upload(self, upload: str) -> None:
         """End an upload without a file.
@@ -130,13 +145,8 @@ class Shelf:
         """
         with writing(self._engine, alone=True) as db:
             _pending(db, upload)
-            self._end_upload(db, upload, "cancelled")
-
-    def _end_upload(self, db: Connection, id: str, status: str, file: str | None = None) -> None:
-        db.execute(update(UPLOAD).where(UPLOAD.c.id == id).values(status=status, file=file))
-        for part in db.execute(select(PART.c.id).where(PART.c.upload == id)).scalars().all():
-            disuse(db, part, self._drop)
-        db.execute(delete(PART).where(PART.c.upload == id))
+            db.execute(update(UPLOAD).where(UPLOAD.c.id == upload).values(status="cancelled"))
+            self._drop_parts(db, upload)
 
     def sweep(self) -> None:
         """Remove what has expired."""
@@ -145,8 +155,15 @@ class Shelf:
             late = select(FILE.c.id).where(FILE.c.expires_at <= now, ~exists().where(_needed(FILE.c.id)))
             for file in db.execute(late).scalars().all():
                 self._remove(db, file)
-            for upload in db.execute(select(UPLOAD.c.id).where(UPLOAD.c.status == "pending", UPLOAD.c.expires_at <= now)).scalars().all():
-                self._end_upload(db, upload, "expired")
+            db.execute(update(UPLOAD).where(UPLOAD.c.status == "pending", UPLOAD.c.expires_at <= now).values(status="expired"))
+            over = select(PART.c.upload).join(UPLOAD, UPLOAD.c.id == PART.c.upload).where(UPLOAD.c.expires_at <= now).distinct()
+            for upload in db.execute(over).scalars().all():
+                self._drop_parts(db, upload)
+
+    def _drop_parts(self, db: Connection, upload: str) -> None:
+        for part in db.execute(select(PART.c.id).where(PART.c.upload == upload)).scalars().all():
+            disuse(db, part, self._drop)
+        db.execute(delete(PART).where(PART.c.upload == upload))
 
 
 def alive(owner: str | None) -> Select[Any]:

@@ -224,7 +224,11 @@ class State:
             known = {name: value for name, value in values.items() if value is not None}
             if hyperparameters is not None:
                 kind = job.method["type"]
-                known["method"] = {**job.method, kind: {**job.method.get(kind, {}), "hyperparameters": hyperparameters}}
+                asked = job.method.get(kind, {})
+                known["method"] = {
+                    **job.method,
+                    kind: {**asked, "hyperparameters": {**asked.get("hyperparameters", {}), **hyperparameters}},
+                }
             self._update(db, id, **known)
 
     def event(
