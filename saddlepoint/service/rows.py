@@ -43,7 +43,8 @@ def of(query: Select[Any], table: Table, owner: str | None) -> Select[Any]:
 def record(cls: type[Record], row: Row[Any]) -> Record:
     """The record of a row."""
     found: dict[str, Any] = {field.name: getattr(row, field.name) for field in fields(cls)}
-    return cast("Any", cls)(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+    made: Record = cast("Any", cls)(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+    return made
 
 
 def first(cls: type[Record], db: Connection, query: Select[Any]) -> Record | None:
