@@ -160,6 +160,8 @@ def needs_weights(path: Path) -> bool:
         "saddlepoint.reinforcement",
         "saddlepoint.recipes.rbrm_rl",
         "saddlepoint.finetuning.first_token",
+        "saddlepoint.finetuning.drift",
+        "saddlepoint.finetuning.mixing",
         "saddlepoint.finetuning.checkpoints",
         "saddlepoint.finetuning.masks",
         "saddlepoint.finetuning.packed",
