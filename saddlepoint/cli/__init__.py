@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from saddlepoint import __version__
-from saddlepoint.cli import approvals, attacker, bench, claims, judges, methods, models, rewards, runs, serve
+from saddlepoint.cli import approvals, attacker, bench, claims, finetune, judges, methods, models, rewards, runs, serve
 from saddlepoint.cli._common import err
 from saddlepoint.errors import SaddlepointError
 
@@ -35,6 +35,7 @@ for name, part in (
     ("policy", judges.policy_app),
     ("bench", bench.app),
     ("claims", claims.app),
+    ("finetune", finetune.app),
     ("blocks", serve.blocks_app),
 ):
     app.add_typer(part, name=name)

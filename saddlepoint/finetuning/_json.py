@@ -8,7 +8,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 DEPTH = 64  # levels of objects and lists
@@ -40,6 +40,7 @@ class Walked:
     faults: list[Fault] = field(default_factory=list)
     values: dict[Path, int] = field(default_factory=dict)
     keys: dict[Path, int] = field(default_factory=dict)
+    guessed: bool = False  # where a text ends that holds bare quotes
 
 
 class _Odd(ValueError):
@@ -81,6 +82,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _WORD = re.compile(r"-?\w+")
 _CONTROL = re.compile(r"[\x00-\x1f]")
+_MESSAGE_ENDS = re.compile(r'"\s*(?:,\s*)?\}\s*[,\]]')  # the closing quote of the last text of a message
 _LITERALS = {"true": True, "false": False, "null": None}
 
 
@@ -114,7 +116,10 @@ def walk(text: str) -> Walked:
         elif end < len(text):
             raise _Broken(Fault(end, "invalid_json", f"the line goes on with {_near(text, end)} where it should end; one object a line"))
     except _Broken as broken:
-        made.faults.append(broken.fault)
+        if not made.guessed:  # else it may follow from a wrong guess
+            made.faults.append(broken.fault)
+    if made.guessed:
+        made.value = ABSENT
     made.faults.sort(key=lambda fault: fault.at)
     return made
 
@@ -165,7 +170,7 @@ def _object(text: str, at: int, path: Path, made: Walked) -> tuple[dict[str, Any
         if text[end : end + 1] != ":":
             raise _Broken(_wrong(text, end, at, f"a colon after the key {key[:40]!r}"))
         members[key], end = _value(text, _skip(text, end + 1), (*path, key), made)
-        place, comma = _next(text, end, at, "}")
+        place, comma = _next(text, end, at, "}", made)
     return members, _closed(text, place, comma, made)
 
 
@@ -175,11 +180,11 @@ def _list(text: str, at: int, path: Path, made: Walked) -> tuple[list[Any], int]
     while text[place : place + 1] != "]":
         item, end = _value(text, place, (*path, len(items)), made)
         items.append(item)
-        place, comma = _next(text, end, at, "]")
+        place, comma = _next(text, end, at, "]", made)
     return items, _closed(text, place, comma, made)
 
 
-def _next(text: str, end: int, opened: int, closing: str) -> tuple[int, int]:
+def _next(text: str, end: int, opened: int, closing: str, made: Walked) -> tuple[int, int]:
     """Where the next member or the closing bracket stands, and the comma before it; -1 where there is none."""
     place = _skip(text, end)
     if text[place : place + 1] == ",":
@@ -188,7 +193,12 @@ def _next(text: str, end: int, opened: int, closing: str) -> tuple[int, int]:
         return place, -1
     if text[end - 1 : end] == '"' and place < len(text) and not text.startswith(('"', ":", "]", "}"), place):
         said = f'the text ends at this quote, and {_near(text, place)} follows; a quote inside of a text is written \\"'
-        raise _Broken(Fault(end - 1, "invalid_json", said))
+        fault = Fault(end - 1, "invalid_json", said)
+        if closing == "]" or not (ends := _MESSAGE_ENDS.search(text, place)):
+            raise _Broken(fault)
+        made.faults.append(fault)
+        made.guessed = True
+        return _next(text, ends.start() + 1, opened, closing, made)
     raise _Broken(_wrong(text, place, opened, f"a comma or {closing!r}"))
 
 
