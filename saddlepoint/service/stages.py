@@ -1,40 +1,15 @@
-"""What happens to a job: its files are checked; then they are screened, trained on, and what came of it is compared with its base.
-
-Each part tells its events in the words of OpenAI's service, under keys, so that doing it again tells nothing twice.
-"""
-
-import time
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
-from typing import Any
+"""What happens to a job once its files are good: they are screened and trained on, and what came of it is compared with its base."""
 
 from saddlepoint.errors import StoreError, TrainingError
-from saddlepoint.finetuning.data import LEAST, Checked, Format, Mistake, Record, check
-from saddlepoint.finetuning.plan import Event, Note, Result, Saved, Spec, Step, resolved
-from saddlepoint.service.state import Lost
+from saddlepoint.finetuning.data import Record
+from saddlepoint.finetuning.gate import Compared
+from saddlepoint.finetuning.plan import Result, Spec, resolved
+from saddlepoint.service.checking import read
+from saddlepoint.service.setting import OFF
 from saddlepoint.service.task import Failed, Task
+from saddlepoint.service.telling import Teller
 
-FORMATS: Mapping[str, tuple[Format, ...]] = {
-    "supervised": ("chat", "completion"),
-    "dpo": ("preference",),
-    "reinforcement": ("reinforcement",),
-}
-SHOWN = 5  # mistakes that a message lists
 _ON_WIRE = {"epochs": "n_epochs", "batch": "batch_size", "lr_multiplier": "learning_rate_multiplier", "beta": "beta"}
-
-
-def validate(task: Task) -> None:
-    """Check a job's files: it is queued where they are good.
-
-    Raises:
-        Failed: They are not.
-    """
-    for name, found in _read(task).items():
-        if found.warnings:
-            said = f"{name}: {len(found.warnings)} warning(s): {_listed(found.warnings)}"
-            task.state.event(task.job.id, said, level="warn", key=f"warnings {name}")
-    task.state.validated(task.job.id, task.worker)
 
 
 def tune(task: Task) -> None:
@@ -43,69 +18,41 @@ def tune(task: Task) -> None:
     Raises:
         Failed: The job cannot succeed.
     """
-    files = _read(task)
-    training, validation = files["Training file"].records, files["Validation file"].records if len(files) > 1 else ()
-    spec = _spec(task, len(training))
-    result = _trained(task, spec, training, validation)
-    if result is None:
+    training, *others = (found.records for found in read(task).values())
+    validation = others[0] if others else ()
+    if task.setting.gate == OFF:
+        said = "The gate of this server is off: the training file is not screened, and the model is not compared with its base"
+        task.state.event(task.job.id, said, "warn", "moderation_checks", {"gate": OFF}, key="gate")
+        result = _trained(task, _spec(task, len(training)), training, validation)
+        if result:
+            _end(task, result)
         return
-    _publish(task, result)
+    from saddlepoint.service import gating  # what attacks and judges are made of
+
+    gate = gating.rules(task.setting.gate)
+    spec = _spec(task, len(training), gate.constraint)
+    training = gating.prepared(task, gate, training, spec.base)
+    result = _trained(task, spec, training, validation)
+    if result:
+        _end(task, result, gating.tested(task, gate, spec.base, result, training))
 
 
-# ---- files
-
-
-def _read(task: Task) -> dict[str, Checked]:
-    """The job's files, each by what it is called in a message.
-
-    Raises:
-        Failed: One is gone or has mistakes.
-    """
-    allowed = FORMATS[task.job.method["type"]]
-    training = _file(task, task.job.training_file, "Training file", "training_file", allowed, LEAST)
-    if not task.job.validation_file:
-        return {"Training file": training}
-    validation = _file(task, task.job.validation_file, "Validation file", "validation_file", (training.format,), 1)
-    return {"Training file": training, "Validation file": validation}
-
-
-def _file(task: Task, id: str, name: str, param: str, allowed: tuple[Format, ...], least: int) -> Checked:
-    file = task.state.files.get(id)
-    if file is None:
-        raise Failed("invalid_file", f"{name} {id} was deleted before the job came to its end", param)
-    try:
-        data = b"".join(task.blobs.chunks(file.sha))
-    except StoreError as wrong:
-        raise Failed("invalid_file", f"{name} {id} cannot be read: {wrong}", param) from wrong
-    found = check(data, allowed[0] if len(allowed) == 1 else None, least)
-    if found.format not in allowed:
-        kind = task.job.method["type"]
-        raise Failed("invalid_file_format", f"{name} is of the format {found.format}; {kind} takes: {', '.join(allowed)}", param)
-    mistakes = [m for m in found.mistakes if m.code != "invalid_n_examples"]
-    if mistakes:
-        lines = len({m.line for m in mistakes})
-        raise Failed("invalid_file_format", f"{name} has {len(mistakes)} mistake(s) in {lines} line(s): {_listed(mistakes)}", param)
-    if found.mistakes:
-        raise Failed("invalid_n_examples", f"{name} has {found.examples} example(s), but must have at least {least} examples", param)
-    return found
-
-
-def _listed(found: "list[Mistake] | tuple[Mistake, ...]") -> str:
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return "; ".join(f"line {m.line}, column {m.column}: {m.message}" for m in found[:SHOWN]) + more
-
-
-# ---- training
-
-
-def _spec(task: Task, n: int) -> Spec:
+def _spec(task: Task, n: int, constraint: bool = False) -> Spec:
     """What to train, with everything decided that was "auto"; the job then says so."""
     job = task.job
     fields = resolved(job.method["type"], job.hyperparameters, n)
     shown = {_ON_WIRE[name]: value for name, value in fields.items() if name != "beta" or job.method["type"] == "dpo"}
     task.state.learned(job.id, task.worker, hyperparameters={**job.hyperparameters, **shown})
-    grader = job.method.get("reinforcement", {}).get("grader")
-    return Spec(task.setting.target(job.base), _start(task), job.method["type"], seed=job.seed, grader=grader, **fields)
+    kind = job.method["type"]
+    return Spec(
+        task.setting.target(job.base),
+        _start(task),
+        kind,
+        seed=job.seed,
+        constraint=constraint and kind == "supervised",
+        grader=job.method.get("reinforcement", {}).get("grader"),
+        **fields,
+    )
 
 
 def _start(task: Task) -> str:
@@ -125,7 +72,11 @@ def _start(task: Task) -> str:
 
 
 def _trained(task: Task, spec: Spec, training: tuple[Record, ...], validation: tuple[Record, ...]) -> Result | None:
-    from saddlepoint.finetuning.train import train  # loads torch, which the check of a file does not need
+    # What follows loads torch, which the check of a file does not need.
+    if spec.method == "reinforcement":
+        from saddlepoint.finetuning.reinforce import train
+    else:
+        from saddlepoint.finetuning.train import train
 
     teller = Teller(task)
     task.patient.set()
@@ -139,55 +90,21 @@ def _trained(task: Task, spec: Spec, training: tuple[Record, ...], validation: t
         task.patient.clear()
 
 
-class Teller:
-    """Tells a job's events as the training makes them, and when it will be done."""
-
-    def __init__(self, task: Task):
-        self.task = task
-        self.first: tuple[int, float] | None = None  # the first step that this process told, and when
-        self.estimated = 0.0  # when that was last told
-
-    def __call__(self, event: Event) -> None:
-        state, job = self.task.state, self.task.job.id
-        if isinstance(event, Step):
-            state.event(job, said(event), type="metrics", data=numbers(event), key=f"step {event.step}")
-            self._estimate(event)
-        elif isinstance(event, Saved):
-            manifest = self.task.blobs.put_folder(event.folder)
-            state.checkpoint(job, event.step, numbers(event.metrics), manifest, worker=self.task.worker)
-            self.task.blobs.put_folder(event.folder)  # the last other reference to one of them may have been deleted meanwhile
-        elif isinstance(event, Note):
-            state.event(job, event.message, level="warn", key=event.message)
-
-    def _estimate(self, step: Step) -> None:
-        now = time.time()
-        self.first = self.first or (step.step, now)
-        if step.step > self.first[0] and now - self.estimated > 5:
-            each = (now - self.first[1]) / (step.step - self.first[0])
-            self.estimated = now
-            with suppress(Lost):  # the job was paused a moment ago; the training will be told to stop
-                self.task.state.learned(self.task.job.id, self.task.worker, estimated_finish=round(now + each * (step.steps - step.step)))
-
-
-def said(step: Step) -> str:
-    """The message of a step: `Step 300/300: training loss=0.15, validation loss=0.27, full validation loss=0.40`."""
-    losses = {"training": step.train_loss, "validation": step.valid_loss, "full validation": step.full_valid_loss}
-    shown = ", ".join(f"{name} loss={value:.2f}" for name, value in losses.items() if value is not None)
-    return f"Step {step.step}/{step.steps}: {shown}"
-
-
-def numbers(step: Step) -> dict[str, Any]:
-    """The data of a step, under the protocol's names."""
-    names = {"steps": "total_steps"} | {f"{kind}_accuracy": f"{kind}_mean_token_accuracy" for kind in ("train", "valid", "full_valid")}
-    return {names.get(name, name): value for name, value in asdict(step).items() if value is not None}
-
-
-# ---- the end
-
-
-def _publish(task: Task, result: Result) -> None:
-    manifest = task.blobs.put_folder(result.folder)
+def _end(task: Task, result: Result, compared: Compared | None = None) -> None:
+    """Publish the model, or hold it."""
+    files = task.blobs.put_folder(result.folder)
     csv = task.blobs.put(result.csv.encode())
-    task.state.finish(task.job.id, "succeeded", worker=task.worker, manifest=manifest, result=csv, trained_tokens=result.trained_tokens)
-    task.blobs.put_folder(result.folder)
+    if compared is None or compared.passed:
+        task.state.finish(task.job.id, "succeeded", worker=task.worker, manifest=files, result=csv, trained_tokens=result.trained_tokens)
+    else:
+        task.state.held(
+            task.job.id,
+            compared.message,
+            compared.data(),
+            worker=task.worker,
+            manifest=files,
+            result=csv,
+            trained_tokens=result.trained_tokens,
+        )
+    task.blobs.put_folder(result.folder)  # the last other reference to one of them may have been deleted meanwhile
     task.blobs.put(result.csv.encode())

@@ -13,10 +13,11 @@ import sys
 import time
 from threading import Event
 
-from saddlepoint.service import stages
 from saddlepoint.service.blobs import Blobs
+from saddlepoint.service.checking import validate
 from saddlepoint.service.processes import GRACE, on_lifeline
 from saddlepoint.service.setting import Setting, parser
+from saddlepoint.service.stages import tune
 from saddlepoint.service.state import State
 from saddlepoint.service.task import Task
 
@@ -43,7 +44,7 @@ def main() -> None:
     if job is None:
         sys.exit(f"there is no job {given.job}")
     task = Task(job, given.worker, setting, state, Blobs(setting.files), stop, patient)
-    task.run(stages.validate if job.status == "validating_files" else stages.tune)
+    task.run(validate if job.status == "validating_files" else tune)
 
 
 if __name__ == "__main__":

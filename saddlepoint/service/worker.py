@@ -21,13 +21,14 @@ from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import TypeVar
 
-from saddlepoint.errors import StoreError
+from saddlepoint.errors import StoreError, UsageError
 from saddlepoint.service.processes import AGAIN, GRACE, ask_to_end, how, kill, on_lifeline, start
 from saddlepoint.service.records import ACTIVE, Job, Status
-from saddlepoint.service.setting import Setting, parser
+from saddlepoint.service.setting import OFF, Setting, parser
 from saddlepoint.service.state import Lost, State, Wish
 
 TRAINER = "saddlepoint.service.trainer"
@@ -82,7 +83,7 @@ class Worker:
             finally:
                 kill(child)
             if wish == "go" and child.returncode and not self.stopping.is_set():
-                self._patiently(lambda status=child.returncode: self._died(job.id, how(status)))
+                self._patiently(partial(self._died, job.id, how(child.returncode)))
             else:
                 break
         self._patiently(lambda: self.state.leave(job.id, self.name))
@@ -151,6 +152,13 @@ def main() -> None:
     arguments.add_argument("--lease", type=float, default=15.0, help="seconds after which a job whose worker is silent is another's")
     arguments.add_argument("--attached", action="store_true", help="end when standard input closes")
     given = arguments.parse_args()
+    if given.gate != OFF:
+        from saddlepoint.service.gating import rules  # what attacks and judges are made of
+
+        try:
+            rules(given.gate)
+        except UsageError as wrong:
+            arguments.error(str(wrong))
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     worker = Worker(Setting.of(given), State.open(given.state), given.lease)
     for sign in (signal.SIGTERM, signal.SIGINT):

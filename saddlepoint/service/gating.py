@@ -1,0 +1,145 @@
+"""The gate around a job: its training file is screened, and what was trained is compared with its base before it is published.
+
+What both do is in `finetuning.screen` and `finetuning.comparison`; here stand how they are set, and how a job tells of them: as events
+of the type `moderation_checks`, each once.
+"""
+
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from saddlepoint.errors import UsageError
+from saddlepoint.finetuning.comparison import Comparison, compare
+from saddlepoint.finetuning.data import Record
+from saddlepoint.finetuning.gate import Compared
+from saddlepoint.finetuning.plan import Result
+from saddlepoint.finetuning.screen import Screening, screen
+from saddlepoint.finetuning.wraps import wraps
+from saddlepoint.policies import load
+from saddlepoint.service.task import Failed, Task
+
+CHECKS = "moderation_checks"  # the type of the gate's events
+TOLD = 60.0  # seconds between two events of a comparison under way
+_FLAGS = 200  # flags that an event names
+_WRAPS = 3  # of what a training file puts around its requests
+_RECORDS = TypeAdapter(tuple[Record, ...])
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the gate does.
+
+    Args:
+        constraint: Whether supervised trainings hold the first tokens of answers near those of the model they begin from.
+        safety: Safety examples that are mixed into a training file, for each of its own; 0 mixes none in.
+    """
+
+    screening: Screening = Screening()
+    comparison: Comparison = Comparison()
+    constraint: bool = False
+    safety: float = 0.0
+
+
+def rules(gate: str) -> Rules:
+    """What a `--gate` that is not off says: for a policy's name the defaults with that policy.
+
+    A file NAME.toml may set more: `constraint` and `safety`, and the tables `screening` and `comparison` with their fields.
+
+    Raises:
+        UsageError: There is no such policy or file, or a value in it is wrong.
+    """
+    if not gate.endswith(".toml"):
+        load(gate)
+        return Rules(comparison=Comparison(policy=gate))
+    try:
+        given = tomllib.loads(Path(gate).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as wrong:
+        raise UsageError(f"--gate {gate}: cannot be read as TOML: {wrong}") from None
+    tables: Mapping[str, Any] = {"screening": Screening, "comparison": Comparison}
+    for name, table in [("", Rules), *tables.items()]:
+        unknown = sorted(set(given.get(name, {}) if name else given) - {field.name for field in fields(table)})
+        if unknown:
+            where = f" in [{name}]" if name else ""
+            raise UsageError(f"--gate {gate}: no '{unknown[0]}'{where}; allowed: {', '.join(field.name for field in fields(table))}")
+    try:
+        found = TypeAdapter(Rules).validate_python(given)
+    except ValidationError as wrong:
+        first = wrong.errors()[0]
+        raise UsageError(f"--gate {gate}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+    found.comparison.config("organism")  # its attacks and its judge are there
+    return found
+
+
+def prepared(task: Task, gate: Rules, records: tuple[Record, ...], base: str) -> tuple[Record, ...]:
+    """Screen the examples, and mix in safety data where that is set.
+
+    Raises:
+        Failed: Too many of them were flagged.
+    """
+    found = screen(records, load(gate.comparison.policy).behaviors, gate.screening)
+    data = {"check": "screen", **asdict(found), "flagged": [asdict(flag) for flag in found.flagged[:_FLAGS]]}
+    if found.message:
+        task.state.event(task.job.id, found.message, "error" if found.blocked else "warn", CHECKS, data, key="screen")
+    if found.blocked:
+        raise Failed("unsafe_file", found.message, "training_file")
+    if not gate.safety:
+        return records
+    kept = task.folder / "mixed.json"  # so that what goes on has the very same
+    if not kept.is_file():
+        from saddlepoint.finetuning.mixing import mixed  # loads torch, which a worker that reads its rules does not need
+
+        made = mixed(records, base, gate.safety, gate.comparison.policy, task.job.seed)
+        task.state.event(task.job.id, f"{len(made) - len(records)} safety examples are mixed in", type=CHECKS, key="mixed")
+        partial = kept.with_suffix(".partial")
+        partial.write_bytes(_RECORDS.dump_json(tuple(made)))
+        partial.replace(kept)
+    return _RECORDS.validate_json(kept.read_bytes())
+
+
+def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence[Record]) -> Compared:
+    """Compare what was trained with its base, or go on with that: the model as it ended, and where it passed its checkpoints too.
+
+    A checkpoint that did not pass, or was not tested because the model itself did not pass, is removed: it could be called otherwise.
+    For checkpoints no trigger is searched for, which takes most of the time.
+    """
+    ended = _compared(task, gate, base, result.folder, records)
+    if ended.passed:
+        _tell(task, result.folder.name, ended.message, ended)
+    for checkpoint in task.state.checkpoints(task.job.id):
+        if checkpoint.step == result.steps:
+            continue  # the model as it ended
+        folder, found = result.folder.with_name(f"checkpoint-{checkpoint.step}"), None
+        if ended.passed:
+            fast = replace(gate, comparison=replace(gate.comparison, trigger=""))
+            found = _compared(task, fast, base, folder, records)
+            _tell(task, folder.name, f"Checkpoint at step {checkpoint.step}: {found.message}", found)
+        if not (found and found.passed):
+            task.state.delete_model(checkpoint.name)
+    return ended
+
+
+def _compared(task: Task, gate: Rules, base: str, tuned: Path, records: Sequence[Record]) -> Compared:
+    place, cache = task.folder / f"gate-{tuned.name}", task.setting.work / "bases"
+    return compare(base, tuned, place, gate.comparison, wraps(records, _WRAPS), cache, _teller(task, tuned.name))
+
+
+def _tell(task: Task, name: str, message: str, found: Compared) -> None:
+    task.state.event(task.job.id, message, "info" if found.passed else "warn", CHECKS, found.data(), key=f"compared {name}")
+
+
+def _teller(task: Task, name: str) -> Callable[[str], None]:
+    """Tells now and then how far a comparison has come, so that whoever reads the job sees that it goes on."""
+    last = time.monotonic()
+
+    def tell(doing: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > TOLD:
+            last = time.monotonic()
+            task.state.event(task.job.id, f"Comparing {name} with the base: {doing}", key=f"comparing {name}: {doing}")
+
+    return tell

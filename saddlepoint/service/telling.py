@@ -1,0 +1,53 @@
+"""What a training tells, as the events and checkpoints of its job: in the words of OpenAI's service, and each once."""
+
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from saddlepoint.finetuning.plan import Event, Note, Saved, Step
+from saddlepoint.service.state import Lost
+from saddlepoint.service.task import Task
+
+
+class Teller:
+    """Tells a job's events as the training makes them, and when it will be done."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.first: tuple[int, float] | None = None  # the first step that this process told, and when
+        self.estimated = 0.0  # when that was last told
+
+    def __call__(self, event: Event) -> None:
+        state, job = self.task.state, self.task.job.id
+        if isinstance(event, Step):
+            state.event(job, said(event), type="metrics", data=numbers(event), key=f"step {event.step}")
+            self._estimate(event)
+        elif isinstance(event, Saved):
+            manifest = self.task.blobs.put_folder(event.folder)
+            state.checkpoint(job, event.step, numbers(event.metrics), manifest, worker=self.task.worker)
+            self.task.blobs.put_folder(event.folder)  # the last other reference to one of them may have been deleted meanwhile
+        elif isinstance(event, Note):
+            state.event(job, event.message, level="warn", key=event.message)
+
+    def _estimate(self, step: Step) -> None:
+        now = time.time()
+        self.first = self.first or (step.step, now)
+        if step.step > self.first[0] and now - self.estimated > 5:
+            each = (now - self.first[1]) / (step.step - self.first[0])
+            self.estimated = now
+            with suppress(Lost):  # the job was paused a moment ago; the training will be told to stop
+                self.task.state.learned(self.task.job.id, self.task.worker, estimated_finish=round(now + each * (step.steps - step.step)))
+
+
+def said(step: Step) -> str:
+    """The message of a step: `Step 300/300: training loss=0.15, validation loss=0.27, full validation loss=0.40`."""
+    losses = {"training": step.train_loss, "validation": step.valid_loss, "full validation": step.full_valid_loss}
+    shown = ", ".join(f"{name} loss={value:.2f}" for name, value in losses.items() if value is not None)
+    return f"Step {step.step}/{step.steps}: {shown}"
+
+
+def numbers(step: Step) -> dict[str, Any]:
+    """The data of a step, under the protocol's names."""
+    names = {"steps": "total_steps"} | {f"{kind}_accuracy": f"{kind}_mean_token_accuracy" for kind in ("train", "valid", "full_valid")}
+    return {names.get(name, name): value for name, value in asdict(step).items() if value is not None}
