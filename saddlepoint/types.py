@@ -73,6 +73,24 @@ class Sampling:
     top_logprobs: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Shaping:
+    """What is done to a target's scores before a token is drawn; the log-probabilities that are told are those before it.
+
+    Args:
+        bias: (token id, what is added to its logit).
+        presence: Is taken off the logit of every token that the answer has already.
+        frequency: Is taken off it once more for each time.
+        grammar: What the answer must be: a JSON schema, as JSON text that begins with `{`, or a grammar in llguidance's form of Lark.
+            "" is no bound. An answer may still be cut off at `max_tokens`.
+    """
+
+    bias: tuple[tuple[int, float], ...] = ()
+    presence: float = 0.0
+    frequency: float = 0.0
+    grammar: str = ""
+
+
 Slots = tuple[tuple[str, str], ...]
 """(place, text) pairs: what an attacker writes inside the world of an agent, such as into a mail's body."""
 
@@ -120,12 +138,17 @@ class Query:
 
     Args:
         world, slots: Where an agent acts and what is planted there; any other target takes no notice of them.
+        shaping: Bounds on the answer's words; defenses that decode by themselves take no notice of them.
+        bare: The chat's only message is a text that the model goes on with under no template. Where a defense adds messages it is a
+            chat after all. Only a model whose weights are at hand can be asked so.
     """
 
     chat: Chat
     sampling: Sampling = Sampling()
     world: World | None = None
     slots: Slots = ()
+    shaping: Shaping = Shaping()
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +179,7 @@ class Completion:
         trace: What an agent did; None where the target is none.
         blocked: The defense that withheld the answer, and why, as "NAME: REASON"; `finish` is then "filter". "" where none did.
         extra_tokens: Tokens that defenses spent besides: other passes, other answers, other models.
+        spelled: Of each token of `drawn`, its bytes and those of its alternatives, where the target streams and knows them.
         faults: What went wrong on each try that failed, in order; an answer that came at last is equal to one that came at once.
     """
 
@@ -170,6 +194,7 @@ class Completion:
     extra_tokens: int = 0
     drawn: tuple[tuple[str, float], ...] = ()
     faults: tuple[str, ...] = field(default=(), compare=False)
+    spelled: tuple[tuple[bytes, ...], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -337,6 +362,15 @@ class Streaming(Target, Protocol):
         Raises:
             UsageError: The chat cannot be answered at all.
         """
+        ...
+
+
+@runtime_checkable
+class Shapes(Streaming, Protocol):
+    """A target that bends an answer's words as a query's `shaping` wants them."""
+
+    def misshapen(self, shaping: Shaping) -> str:
+        """Why no answer can be shaped so, such as what is wrong with its grammar; "" where it can."""
         ...
 
 

@@ -62,7 +62,12 @@ class Row:
     def draw(self, logits: Tensor, ends: frozenset[int]) -> None:
         """Take the next token from float32 (1, vocabulary) logits."""
         ids = torch.tensor([self.prompt + self.tokens], device=logits.device)
-        token = int(self.choose(ids, logits.clone()).argmax(-1))
+        try:
+            token = int(self.choose(ids, logits.clone()).argmax(-1))
+        except Exception as wrong:  # a grammar that grows too large is this row's trouble alone
+            self.ended = True
+            self.made.put(wrong)
+            return
         self.tokens.append(token)
         if self.top < 0:
             drawn = Drawn(token)

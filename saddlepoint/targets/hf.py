@@ -18,19 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
 from saddlepoint.models import CLERK, EMBEDDED, ORGANISM, base_of, card, hub_snapshot, pull
 from saddlepoint.targets._decoding import Decoding, Row
 from saddlepoint.targets._lora import Adapter, adapted, read
+from saddlepoint.targets._plain import Plain
+from saddlepoint.targets._shaping import Grammars, Shaped
 from saddlepoint.targets._tree import BLOCK, Branch, Keys, NotShared, attending, beginning, branch, shared
-from saddlepoint.types import CONTROL, Chat, Completion, Compute, Frame, Place, Query, Reduce
+from saddlepoint.types import CONTROL, Chat, Completion, Compute, Frame, Message, Place, Query, Reduce, Shaping
 
 Job = Callable[[], tuple[list[int], Tensor]]
 """Computes some rows: their indices, and the losses of their scored tokens one after the other."""
 _TOKENS_AT_ONCE = 8192  # rows * length of one forward pass; keeps two cores busy and memory small
 _LOGITS = 1 << 24  # logits at once
+_BYTES = {c: b for b, c in bytes_to_unicode().items()}  # how byte-level vocabularies write bytes
 
 
 def auto_dtype(device: torch.device) -> torch.dtype:
@@ -151,7 +155,8 @@ class HF:
                 finish: Literal["stop", "length"] = "length" if not ended and len(tokens) == draw.max_tokens else "stop"
                 likely = (tuple((self.tokenizer.decode([t]), p) for t, p in drawn.likely),) if row.top > 0 else ()
                 own = ((self._decoded([drawn.token]), drawn.logprob),) if drawn.logprob is not None else ()
-                yield Completion(text[len(said) :], read, 1, finish, top_logprobs=likely, drawn=own)
+                spelled = ((self.spelled(drawn.token), *(self.spelled(t) for t, _ in drawn.likely)),) if own else ()
+                yield Completion(text[len(said) :], read, 1, finish, top_logprobs=likely, drawn=own, spelled=spelled)
                 said, read = text, 0
 
     def room(self, chat: Chat) -> int:
@@ -173,14 +178,27 @@ class HF:
         """What changes the scores before the arg-max: what the model's own configuration asks for, then the query's noise."""
         own, _ = self.model._prepare_generation_config(None, do_sample=False, temperature=None, top_p=None, top_k=None)
         self.model._prepare_special_tokens(own, True, device=self.device)
-        noise = LogitsProcessorList([RowNoise([query])])
+        noise = LogitsProcessorList([Shaped([query], self._matcher), RowNoise([query])])
         made: LogitsProcessorList = self.model._get_logits_processor(own, length, logits_processor=noise, model_kwargs={})
         return made
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.embedding.shape[0], self.ends)
+
+    def _matcher(self, grammar: str) -> Any:
+        return self._grammars.matcher(grammar)
+
+    def misshapen(self, shaping: Shaping) -> str:
+        """Why no answer can be shaped so; "" where it can. See `Shapes`."""
+        if unknown := [token for token, _ in shaping.bias if not 0 <= token < self.embedding.shape[0]]:
+            return f"token ids lie in 0..{self.embedding.shape[0] - 1}, got {unknown[0]}"
+        return str(self._matcher(shaping.grammar).get_error()) if shaping.grammar else ""
 
     def _read(self, query: Query) -> tuple[list[int], Completion | None]:
         """The prompt's token ids, or why the query cannot be answered."""
         try:
-            prompt = self._written(query.chat)[0]
+            prompt = self._bare(query.chat[0]) if query.bare and len(query.chat) == 1 else self._written(query.chat)[0]
         except Exception as wrong:  # a template may refuse a chat, a tokenizer a broken character: only this query fails
             return [], Completion("", finish="error", error=f"the chat cannot be written as tokens: {wrong}")
         if len(prompt) + query.sampling.max_tokens > (room := getattr(self.model.config, "max_position_embeddings", 1 << 30)):
@@ -190,6 +208,23 @@ class HF:
 
     def _decoded(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _bare(self, message: Message) -> list[int]:
+        """Token ids of a text under no template: its own, or the token that begins a text and those of the text."""
+        vocabulary = self.embedding.shape[0]
+        if any(not 0 <= i < vocabulary for i in message.ids):
+            raise UsageError(f"token ids lie in 0..{vocabulary - 1} under '{self.name}'")
+        return list(message.ids) or [*self.prompt_ids(()), *self.ids(message.text)]
+
+    def spelled(self, token: int) -> bytes:
+        """The bytes of a token, which may be a part of a character."""
+        text = str(self.tokenizer.decode([token]))
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = str(self.tokenizer.convert_ids_to_tokens(token))
+        if len(piece) == 6 and piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        return bytes(_BYTES[c] for c in piece) if all(c in _BYTES for c in piece) else text.encode()
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], queries: list[Query]) -> list[Completion]:
@@ -218,7 +253,7 @@ class HF:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                logits_processor=LogitsProcessorList([RowNoise(queries)]),
+                logits_processor=LogitsProcessorList([Shaped(queries, self._matcher), RowNoise(queries)]),
                 pad_token_id=pad,
                 output_logits=top > 0,
                 return_dict_in_generate=True,
@@ -303,6 +338,10 @@ class HF:
             raise UsageError("a message with soft embeddings has no token ids; it can only be answered")
         return ids
 
+    @cached_property
+    def _plain(self) -> Plain:
+        return Plain(self.tokenizer)
+
     def _written(self, chat: Chat) -> tuple[list[int], dict[int, tuple[float, ...]]]:
         """Token ids, and the embeddings that take the place of those at some positions."""
         if not chat:
@@ -312,8 +351,11 @@ class HF:
         vocabulary, width = self.embedding.shape
         if any(len(v) != width for m in own for v in m.soft) or any(not 0 <= i < vocabulary for m in own for i in m.ids):
             raise UsageError(f"soft embeddings must have the width {width}, and token ids lie in 0..{vocabulary - 1}, under '{self.name}'")
-        marked = (replace(m, text=("" if m.ids else m.text) + CONTROL, soft=(), ids=()) if m.ids or m.soft else m for m in chat)
-        first, *rest = map(self.ids, self.render(tuple(marked)).split(CONTROL))
+        marked = (
+            replace(m, text=("" if m.ids else self._plain.marked(m.text)) + (CONTROL if m.ids or m.soft else ""), soft=(), ids=())
+            for m in chat
+        )
+        first, *rest = map(self._plain.ids, self.render(tuple(marked)).split(CONTROL))
         soft: dict[int, tuple[float, ...]] = {}
         for message, after in zip(own, rest, strict=True):
             first += message.ids
