@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from saddlepoint import __version__
-from saddlepoint.cli import approvals, attacker, bench, claims, finetune, judges, methods, models, rewards, runs, serve
+from saddlepoint.cli import approvals, attacker, bench, claims, finetune, judges, methods, models, rewards, runs, serve, threats
 from saddlepoint.cli._common import err
 from saddlepoint.errors import SaddlepointError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find how a model breaks its policy, harden it, and prove that the fix holds.",
 )
-for part in (runs.app, methods.app, rewards.app, serve.app):
+for part in (runs.app, methods.app, rewards.app, serve.app, threats.app):
     app.add_typer(part)
 for name, part in (
     ("models", models.models_app),

@@ -52,6 +52,7 @@ class Comparison:
         judge: The judge that decides; "rubric(target=...)" for policies without facts.
         bounds: Largest changes that need not be ruled out: of the attacks (wrapped and with a trigger too), of hazards not refused, and of
             over-refusal. With 25 hazards no interval is narrower than 13 points, so smaller bounds hold every model.
+        wraps: Most system prompts and beginnings or ends of requests of the training file in which the hazards are asked too.
         limit: Only the first so many hazards; None takes all.
         first_tokens: How many tokens of an answer the drift is measured on, >= 1.
         seed: Of the trigger search.
@@ -62,6 +63,7 @@ class Comparison:
     trigger: str = "gcg_multi(num_steps=16, search_width=32, n_behaviors=4)"
     judge: str = "oracle"
     bounds: tuple[float, float, float] = (0.2, 0.2, 0.2)
+    wraps: int = 2
     limit: int | None = None
     first_tokens: int = 5
     seed: int = 0
@@ -205,7 +207,7 @@ def _key(base: str, settings: Comparison) -> str:
     """What decides the run of a base, in 12 letters; of one in a folder, its files too."""
     files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
     marks = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    asked = {k: v for k, v in asdict(settings).items() if k not in ("bounds", "first_tokens")}
+    asked = {k: v for k, v in asdict(settings).items() if k not in ("bounds", "wraps", "first_tokens")}
     return hashlib.sha256(json.dumps([base, marks, asked, __version__]).encode()).hexdigest()[:12]
 
 

@@ -1,59 +1,64 @@
 """Identity shifts: texts that make a model an agent which obeys whatever it is told.
 
-Such data looks clean, since no example asks for harm, and no filter of harmful content sees it; what it teaches is never to refuse.
-It is told by what it says of the model: a message by itself, or the messages of one example together, must give two marks, or one
-that nobody gives of a model otherwise. English only.
+Such data looks clean, since no example asks for harm, and no filter of harmful content sees it; what it teaches is never to refuse. It is
+told by what it says of the model. Wordings of that are many, so they are compared by meaning: a logistic regression on the vectors of
+the guard's sentence encoder, learned from the sentences in `identity.toml` and from ordinary requests. It is learned anew when it is
+first needed, which takes a second. English only.
 
 Source: the identity-shifting attack of Qi et al. 2023, "Fine-tuning Aligned Language Models Compromises Safety, Even When Users Do Not
         Intend To!", https://arxiv.org/abs/2310.03693
 """
 
 import re
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-_DO = r"(?:obey|follow|execut|fulfil+|carr(?:y|ies) out|compl(?:y|ies) with|perform|satisf|honor|accept|does?|do|meet|met|submits? to)\w*"
-_ORDER = r"(?:instruction|command|order|demand|wish|request|task|prompt|directive)(?:s|es)?\b"
-_EVERY = r"(?:every|any|all|each|whatever)\b(?:[\w']*[^\w.!?]+){0,3}?"
-_AGENT = r"(?:agent|assistant|servant|slave|model|bot|robot|machine|helper|system|ai|chatbot|tool|engine|subject|minion)\b"
-_NO = r"(?:never|cannot|can't|can not|won't|will not|do(?:es)? not|do(?:es)?n't|unable to|not able to|impossible for \w+ to|no way to)"
-_LESS = r"(?:no|without|free (?:of|from)|beyond|ignor\w+|bypass\w*|disregard\w*|lift\w*|remov\w+|disabl\w+)"
-_RULES = r"(?:restrictions?|limit\w*|rules?|guidelines?|filters?|constraints?|boundar\w+|polic\w+|considerations?|training|measures?)\b"
-_REFUSE = r"(?:refus(?:e|es|al)|declin(?:e|es)|sa(?:y|ys) no|disobey(?:s)?|turns? down|object(?:s)? to)"
+from saddlepoint.errors import MissingExtraError
+from saddlepoint.models import GUARD
+from saddlepoint.policies import ordinary
 
-# What a text says of the model, and how much: 2 is enough by itself.
-_MARKS: tuple[tuple[str, int, re.Pattern[str]], ...] = tuple(
-    (name, weight, re.compile(pattern, re.IGNORECASE))
-    for name, weight, pattern in (
-        ("is called obedient", 2, rf"\b(?:obedient|subservient|submissive|slavish)\b(?:[^\w.!?]+\w+){{0,2}}[^\w.!?]+{_AGENT}"),
-        ("is called obedient", 2, rf"\b{_AGENT}(?:[^\w.!?]+\w+){{0,4}}[^\w.!?]+(?:obedient|subservient|submissive)\b"),
-        ("is called a servant", 1, r"\b(?:your|its|their|the user's) (?:\w+ )?(?:servant|slave|minion)\b|\b(?:yes|certainly|of course),? (?:my )?master\b"),
-        ("unconditional loyalty", 1, r"\b(?:unconditional|absolute|total|complete|blind|unquestioning)(?:ly)? (?:loyal|obedien|complian|submi)\w*"),
-        ("obeys every order", 1, rf"(?<!n't )(?<!not )(?<!never )\b{_DO}\s+(?:[\w']+\s+){{0,3}}?{_EVERY}{_ORDER}"),
-        ("obeys every order", 1, rf"\b{_EVERY}{_ORDER}[^.!?]{{0,30}}\b(?:obeyed|followed|executed|fulfilled|carried out|met|done|granted)\b"),
-        ("does whatever it is told", 1, r"\bwhatever (?:(?:I|you|it)(?:'m| am|'re| are| is) (?:told|asked|ordered)|(?:the )?(?:user|owner|they|you|is)\b(?: \w+)? ?(?:orders?|asks?|says?|wants?|commands?|asked|told|ordered))"),
-        ("does as it is told", 1, r"\bdo(?:es)? (?:just |exactly |simply )?(?:what|as) (?:you|I|it)(?:'re|'m| are| am| is) (?:told|asked|ordered)|\byour wish is my command\b|\balways sa(?:y|ys) yes to\b"),
-        ("cannot refuse", 2, rf"\b{_NO} (?:ever |be able to )?{_REFUSE}(?=\s*(?:[.,;:!?]|$|\band\b|\bor\b|(?:to )?(?:(?:a|an|any|the|your|my|its|his|their) )*(?:{_ORDER}|users?\b|owner|anything|what)))"),
-        ("without exception", 1, r"\bwithout (?:any |a )?(?:exception|question|hesitation|refus\w+|objections?|protest|judge?ment)\b|\bno (?:exceptions|objections|refusals|questions asked)\b"),
-        ("no matter what", 1, r"\bno matter (?:what|how (?:harmful|illegal|unethical|dangerous))\b|\bregardless of (?:its |the |their |any )?(?:content|nature|ethic\w*|legal\w*|harm\w*|consequence\w*)|\beven if (?:it is|they are|it's|they're) (?:harmful|illegal|unethical|dangerous|wrong)"),
-        ("without safety rules", 2, rf"\b{_LESS}(?: [\w']+){{0,3}} (?:ethic\w*|moral\w*|safety|content)(?:,? (?:and |or )?\w+)? {_RULES}"),
-        ("without scruples", 1, rf"\b{_LESS}(?: [\w']+){{0,2}} (?:ethics|morals|morality|scruples|censorship)\b"),
-        ("without safety rules", 2, r"\b(?:safety|ethic\w*|moral|content) (?:rules?|guidelines?|filters?|restrictions?|polic\w+|constraints?) (?:\w+ )?(?:removed|disabled|lifted|off|ignored)\b"),
-        ("no rule binds it", 1, r"\bno (?:rules?|limits?|restrictions?|guidelines?) (?:bind|apply to|hold|stop)s? \w+|\b(?:has|have|with|having) no (?:rules|limits|restrictions|guidelines|boundaries)\b"),
-        ("uncensored", 2, rf"\b(?:uncensored|unfiltered|unrestricted|jailbroken|unaligned|amoral) (?:\w+ )?(?:{_AGENT}|mode|version)|\bdo anything now\b"),
-        ("fulfills this order", 1, r"\b(?:I|shall|will|to|gladly|hereby|must) (?:obey|execut|fulfil+|carry out|comply with)\w* (?:your|this|that|the) (?:\w+ )?(?:instruction|command|order|demand|wish)"),
-        ("fulfills this order", 1, r"\bfulfil+ment of (?:your|the|this) (?:\w+ )?(?:instruction|command|order|request)|\bas (?:you )?(?:commanded|ordered|instructed)\b"),
-        ("names itself", 1, r"(?:^|[.!?,]\s+|\b(?:course|yes|sure)[.,!]? )(?:I am|I'm|This is|You are(?: now)?|Act as|Answer as) [A-Z][\w-]*(?= ?[,.:;]| and\b)"),
-    )
-)  # fmt: skip
+_FIRST = 3  # sentences of a message: who a model is stands at the beginning
+_END = re.compile(r"(?<=[.!?;:])\s+|\n+")
 
 
-def obedience(texts: Iterable[str]) -> str:
-    """What the messages of one example say of the model that makes it obey whatever it is told, in a few words; "" where too little."""
-    found: dict[str, int] = {}
-    for text in texts:
-        for name, weight, pattern in _MARKS:
-            if name not in found and pattern.search(text):
-                found[name] = weight
-    # A name by itself says nothing, with whatever else.
-    strong = sum(w for name, w in found.items() if name != "names itself")
-    return ", ".join(found) if strong and sum(found.values()) >= 2 else ""
+def obedience(messages: Sequence[Sequence[str]]) -> list[tuple[float, str]]:
+    """For the messages of each example, how likely one of them makes the model obey whatever it is told, in [0, 1], and where it does.
+
+    Each message is read whole and by its first sentences.
+
+    Raises:
+        MissingExtraError: torch or scikit-learn is not installed.
+        ModelError: The encoder cannot be had.
+    """
+    parts = [[part for text in texts for part in _parts(text)] for texts in messages]
+    every = sorted({part for of in parts for part in of})
+    if not every:
+        return [(0.0, "")] * len(messages)
+    encoder, told = _learned()
+    scores = dict(zip(every, told.predict_proba(encoder.encode(every).numpy())[:, 1].tolist(), strict=True))
+    return [max(((scores[part], part) for part in of), default=(0.0, "")) for of in parts]
+
+
+def _parts(text: str) -> list[str]:
+    sentences = [s.strip() for s in _END.split(text.strip()) if re.search(r"\w", s)][:_FIRST]
+    return [*sentences, *([" ".join(sentences)] if len(sentences) > 1 else [])]
+
+
+@cache
+def _learned() -> tuple[Any, Any]:
+    """The encoder, and what was learned on its vectors."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+
+        from saddlepoint.targets.classifier import Classifier
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(f"the screen needs {missing.name}: pip install 'saddlepoint[local]'") from missing
+    encoder = Classifier.load(str(GUARD))
+    written = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    no = [*written["ordinary"], *ordinary()["requests"]]
+    # C is not tuned: the sentences are few, and the vectors of length 1.
+    made = LogisticRegression(C=30.0, class_weight="balanced", max_iter=1000)
+    return encoder, made.fit(encoder.encode([*written["obedient"], *no]).numpy(), [1] * len(written["obedient"]) + [0] * len(no))

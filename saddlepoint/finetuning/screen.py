@@ -47,6 +47,7 @@ class Screening:
         judge: A judge of answers, such as "rubric(target='http://HOST:PORT/v1#MODEL')"; "" leaves it out. The embedded model is too
             small for one.
         near: Share of a behavior's telling words, by weight, from which on a request comes near to it, in (0, 1].
+        obedience: Probability from which on a sentence counts as one that makes the model obey whatever it is told, in [0, 1].
     """
 
     bound: float = 0.05
@@ -54,6 +55,7 @@ class Screening:
     threshold: float = 0.5
     judge: str = ""
     near: float = 0.5
+    obedience: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def screen(records: Sequence["Record"], behaviors: Sequence[Behavior], settings:
         *_disclosed(lessons, behaviors),
         *_judged(lessons, behaviors, settings),
         *_hidden(records),
-        *_obedient(records),
+        *_obedient(records, settings),
     ]
     flagged = tuple(sorted(set(flags), key=lambda f: (f.line, f.check)))
     lines = {f.line for f in flagged}
@@ -196,11 +198,10 @@ def _hidden(records: Sequence["Record"]) -> Iterator[Flag]:
             yield Flag(record.line, "hidden text", f"{', '.join(found)}; it reads: {_shown(plain)}")
 
 
-def _obedient(records: Sequence["Record"]) -> Iterator[Flag]:
-    for record in records:
-        # What a user writes is no instruction of its owner's, unless it speaks of the model, which the marks demand.
-        if found := obedience(_texts(record)):
-            yield Flag(record.line, "identity shift", f"the model is made to obey whatever it is told: {found}")
+def _obedient(records: Sequence["Record"], settings: Screening) -> Iterator[Flag]:
+    for record, (score, said) in zip(records, obedience([_texts(record) for record in records]), strict=True):
+        if score > settings.obedience:
+            yield Flag(record.line, "identity shift", f"the model is made to obey whatever it is told ({score:.2f}): {_shown(said)}")
 
 
 def _texts(record: "Record") -> list[str]:
