@@ -161,6 +161,7 @@ def needs_weights(path: Path) -> bool:
         "saddlepoint.bench._nanogcg",
         "saddlepoint.training",
         "saddlepoint.reinforcement",
+        "saddlepoint.finetuning.reinforce",
         "saddlepoint.recipes.rbrm_rl",
         "saddlepoint.finetuning.first_token",
         "saddlepoint.finetuning.drift",

@@ -113,7 +113,7 @@ class ScoreModel(_Grader):
         return self
 
     @property
-    def schema_(self) -> dict[str, Any]:
+    def shape(self) -> dict[str, Any]:
         low, high = self.range
         return _object("result", {"type": "number", "minimum": low, "maximum": high})
 
@@ -135,7 +135,7 @@ class LabelModel(_Grader):
         return self
 
     @property
-    def schema_(self) -> dict[str, Any]:
+    def shape(self) -> dict[str, Any]:
         return _object("label", {"type": "string", "enum": list(self.labels)})
 
 

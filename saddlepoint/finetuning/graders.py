@@ -82,7 +82,7 @@ def _asked(grader: ScoreModel | LabelModel, chat: Chat, ask: Ask) -> Graded:
     nucleus = 1.0 if drawn.top_p is None else max(drawn.top_p, 1e-6)
     sampling = Sampling(drawn.max_completions_tokens or 32, drawn.temperature or 0.0, nucleus, (drawn.seed or 0) % 2**48)
     try:
-        said = ask(grader.model, chat, sampling, grader.schema_)
+        said = ask(grader.model, chat, sampling, grader.shape)
     except SaddlepointError as wrong:
         return Graded(0.0, errors={"model_server": str(wrong)})
     tokens = {grader.model: said.tokens}
