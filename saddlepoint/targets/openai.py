@@ -32,7 +32,7 @@ import aiohttp
 
 from saddlepoint.errors import TargetError, UsageError
 from saddlepoint.targets import _network
-from saddlepoint.types import Chat, Completion, Query
+from saddlepoint.types import Chat, Completion, Query, Shaping
 
 _FORM = "http://HOST:PORT/v1#MODEL"
 _NAME = re.compile(r"(https?://[^\s/?#@]+[^\s?#@]*)(?:\?([^\s#]*))?(?:#(.*))?")
@@ -65,7 +65,7 @@ class _CutShort(Exception):
 
 @dataclass(eq=False)
 class OpenAI:
-    """A model behind an endpoint. Implements `Stream` and `Streaming`. The key comes from the environment variable OPENAI_API_KEY."""
+    """A model behind an endpoint. Implements `Stream`, `Streaming` and `Shapes`. The key comes from the environment variable OPENAI_API_KEY."""
 
     url: str  # up to the version, such as http://127.0.0.1:8000/v1
     model: str
@@ -162,10 +162,25 @@ class OpenAI:
         """No bound: only the endpoint knows its context."""
         return 1 << 30
 
+    def misshapen(self, shaping: Shaping) -> str:
+        """Endpoints take JSON schemas and no other grammar; whether one takes this schema, it says when it is asked."""
+        return "" if shaping.grammar[:1] in ("", "{") else "an endpoint takes a JSON schema and no other grammar"
+
+    def post(self, path: str, body: dict[str, Any]) -> str:
+        """What the endpoint answers to JSON that is sent to a route of its own, such as vLLM's `load_lora_adapter`.
+
+        Raises:
+            TargetError: It answers with an error, or not at all.
+        """
+        try:
+            return str(_network.run(self._http("POST", path, body, lambda answer: answer.text())))
+        except (_Refused, *_NETWORK) as wrong:
+            raise TargetError(f"{self.url}/{path}: {wrong if isinstance(wrong, _Refused) else self._why(wrong)}") from wrong
+
     async def _answer(self, query: Query, stop: Event, listen: Callable[[Completion], None] | None = None) -> Completion:
         """The answer; where somebody listens to its pieces, only the last of them, which says how it ended."""
-        if any(m.soft or m.ids for m in query.chat):
-            said = f"{self.name}: soft embeddings and token ids cannot be sent to an endpoint; take a local model"
+        if query.bare or any(m.soft or m.ids for m in query.chat):
+            said = f"{self.name}: soft embeddings, token ids and texts without a chat cannot be sent to an endpoint; take a local model"
             return Completion("", finish="error", error=said)
         faults: list[str] = []
         for attempt in range(self.retries + 1):
@@ -205,6 +220,13 @@ class OpenAI:
             request["seed"] = draw.seed
         if draw.top_logprobs > 0:
             request |= {"logprobs": True, "top_logprobs": draw.top_logprobs}
+        shaping = query.shaping
+        if shaping.bias:
+            request["logit_bias"] = {str(token): bias for token, bias in shaping.bias}
+        request |= {f"{name}_penalty": p for name in ("presence", "frequency") if (p := getattr(shaping, name))}
+        if shaping.grammar:
+            schema = {"name": "answer", "schema": json.loads(shaping.grammar), "strict": True}
+            request["response_format"] = {"type": "json_schema", "json_schema": schema}
         if query.chat and query.chat[-1].role == "assistant":
             request |= {"continue_final_message": True, "add_generation_prompt": False}
         return request
