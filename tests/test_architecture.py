@@ -168,6 +168,7 @@ def needs_weights(path: Path) -> bool:
         "saddlepoint.finetuning.mixing",
         "saddlepoint.finetuning.checkpoints",
         "saddlepoint.finetuning.masks",
+        "saddlepoint.finetuning.fused",
         "saddlepoint.finetuning.packed",
         "saddlepoint.finetuning.train",
         "saddlepoint.recipes.dpo",

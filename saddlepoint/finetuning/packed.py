@@ -1,13 +1,14 @@
 """One pass over examples of any lengths without padding: their tokens lie behind one another in one row.
 
-Only the attention needs to know where an example begins; it is registered with transformers under a name of ours and lays the
-examples out side by side for itself. A model that does not take its attention from there reads padded rows. The head, the largest
+What all of them begin with, such as a system prompt, is computed once. Only the attention needs to know where an example begins; it is
+registered with transformers under a name of ours and lays the examples out side by side for itself. Whether that gives what the model
+gives otherwise is tried out when it is loaded (`packs`); a model that mixes tokens elsewhere too reads padded rows. The head, the largest
 product by far, is computed at the trained tokens only, and its gradient in the same go, so that no logits are kept.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,70 +21,146 @@ from saddlepoint.targets.hf import HF
 from saddlepoint.training import Encoded
 
 NAME = "saddlepoint_packed"
-PART = 1024  # tokens of one pass: enough for the cores, little memory, and it ends within a second or two
+PART = 1024  # tokens of one pass: enough for a core, little memory, and it ends within a second or two
+SHORT = 256  # up to so many tokens, products of whole rows are several times faster on a processor than the fused kernel's blocks
 LOGITS = 1 << 23  # logits at once
 _now = threading.local()
 
 
-def parts(batch: Sequence[Encoded]) -> list[list[Encoded]]:
-    """A batch cut, in order, into parts of at most `PART` tokens, or of one example."""
+@dataclass(frozen=True)
+class Layout:
+    """How a part lies in its row: first what all examples begin with, then the rest of each.
+
+    Args:
+        shared: Tokens that all begin with.
+        lengths: How many follow, of each example.
+        at: int64 (tokens - shared,): their places among examples laid out side by side, each as wide as the longest.
+    """
+
+    shared: int
+    lengths: tuple[int, ...]
+    at: Tensor
+
+    @property
+    def width(self) -> int:
+        return max(self.lengths)
+
+
+def parts(batch: Sequence[Encoded], streams: int = 1) -> list[list[Encoded]]:
+    """A batch cut into parts of at most `PART` tokens, or of one example, that `streams` may compute side by side.
+
+    Examples that begin alike come together; so the order of a batch is not kept.
+    """
+    ordered = sorted(batch, key=lambda e: e.ids)
+    tokens = sum(len(e.ids) for e in ordered)
+    share = -(-tokens // (streams * max(1, -(-tokens // (streams * PART)))))
     made: list[list[Encoded]] = []
-    for example in batch:
-        if made and sum(len(e.ids) for e in made[-1]) + len(example.ids) <= PART:
-            made[-1].append(example)
-        else:
-            made.append([example])
+    room = 0
+    for example in ordered:
+        if room <= 0 or (made and sum(len(e.ids) for e in made[-1]) + len(example.ids) > PART):
+            made.append([])
+            room = share
+        made[-1].append(example)
+        room -= len(example.ids)
     return made
+
+
+def packs(model: HF) -> bool:
+    """Let a model read packed rows from now on, if it then computes what it computes of each row by itself."""
+    before = model.model.config._attn_implementation
+    rows = [[(7 * i + 3 * r) % 97 + 1 if i > 4 else i for i in range(12 + 5 * r)] for r in range(3)]
+    with torch.no_grad():
+        alone = torch.cat(
+            [model.model.base_model(input_ids=model._pad_right([row]), use_cache=False).last_hidden_state[0, 5:] for row in rows]
+        )
+        model.model.config._attn_implementation = NAME
+        try:
+            together = _hidden(model, rows, 5)[5:] if getattr(model.model, "_supports_attention_backend", False) else alone * 2
+        except NotShared:
+            together = alone * 2
+    if float((alone - together).norm() / alone.norm()) < (0.02 if model.model.dtype != torch.float32 else 1e-3):
+        return True
+    model.model.config._attn_implementation = before
+    return False
 
 
 def losses(model: HF, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """float32 (trained,), differentiable: the negative log-likelihood of every trained token, in nats, in order; bool (trained,): whether
     it was the most likely one."""
     rows = [e.ids[: max(i for i, token in enumerate(e.learned) if token != -100) + 1] for e in batch]  # nothing is read off what follows
-    lengths = [len(row) for row in rows]
-    labels = [e.learned[:n] for e, n in zip(batch, lengths, strict=True)]
-    if getattr(model.model, "_supports_attention_backend", False):
-        try:
-            ids, places = ([x for row in part for x in row] for part in (rows, map(range, lengths)))
-            with _packed(model.model.config, lengths):
-                at = torch.tensor([places], device=model.device)
-                hidden = model.model.base_model(input_ids=torch.tensor([ids], device=model.device), position_ids=at, use_cache=False)
-            flat = torch.tensor([x for row in labels for x in row], device=model.device)
-            return _head(model, hidden.last_hidden_state[0][flat != -100], flat[flat != -100])
-        except NotShared:
-            pass
-    hidden = model.model.base_model(input_ids=model._pad_right(rows), use_cache=False).last_hidden_state
-    width = hidden.shape[1]
-    padded = torch.tensor([row + [-100] * (width - len(row)) for row in labels], device=model.device)
-    return _head(model, hidden[padded != -100], padded[padded != -100])
+    labels = [e.learned[: len(row)] for e, row in zip(batch, rows, strict=True)]
+    if model.model.config._attn_implementation == NAME:
+        shared = _beginning(rows, labels)
+        hidden = _hidden(model, rows, shared)[shared:]
+        flat = torch.tensor([token for own in labels for token in own[shared:]], device=model.device)
+    else:
+        states: Tensor = model.model.base_model(input_ids=model._pad_right(rows), use_cache=False).last_hidden_state
+        hidden = states.flatten(0, 1)
+        flat = torch.tensor([token for own in labels for token in (own + [-100] * states.shape[1])[: states.shape[1]]], device=model.device)
+    at = (flat != -100).nonzero().flatten()
+    return _head(model, hidden[at], flat[at])
 
 
-@contextmanager
-def _packed(config: Any, lengths: list[int]) -> Iterator[None]:
-    """While it is open, the model of `config` takes its one row for examples of these lengths."""
-    before = config._attn_implementation
-    config._attn_implementation, _now.lengths = NAME, lengths
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def _beginning(rows: Sequence[list[int]], labels: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with alike, before anything is trained in any of them."""
+    first, last = min(rows), max(rows)  # what these two share, all share
+    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, rows)))
+    shared = min(alike, *(next(i for i, token in enumerate(own) if token != -100) for own in labels))
+    return shared if len(rows) > 1 and max(map(len, rows)) - shared <= SHORT else 0
+
+
+def _hidden(model: HF, rows: Sequence[list[int]], shared: int) -> Tensor:
+    """(tokens, width): the last hidden states of what the rows begin with, then of the rest of each."""
+    lengths = tuple(len(row) - shared for row in rows)
+    width = max(lengths)
+    at = torch.cat([torch.arange(r * width, r * width + n, device=model.device) for r, n in enumerate(lengths)])
+    _now.layout = Layout(shared, lengths, at)
+    ids = [*rows[0][:shared], *(token for row in rows for token in row[shared:])]
+    places = [*range(shared), *(i for row in rows for i in range(shared, len(row)))]
+    given = {"input_ids": torch.tensor([ids], device=model.device), "position_ids": torch.tensor([places], device=model.device)}
+    hidden: Tensor = model.model.base_model(**given, use_cache=False).last_hidden_state[0]
+    return hidden
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **other: Any
 ) -> tuple[Tensor, None]:
-    lengths = _now.lengths
-    n, width = len(lengths), max(lengths)
-    window = other.get("sliding_window")
-    if other.get("softcap") is not None or other.get("s_aux") is not None or (window and width > window):
+    if any(other.get(name) is not None for name in ("softcap", "s_aux", "sliding_window")):
         raise NotShared
-    at = torch.cat([torch.arange(r * width, r * width + length) for r, length in enumerate(lengths)]).to(query.device)
-    # (1, heads, tokens, width) -> (examples, heads, longest, width). What is filled in stands behind an example, so it sees but is not seen.
+    layout: Layout = _now.layout
+    n, width, shared = len(layout.lengths), layout.width, layout.shared
+    scale = scaling or query.shape[-1] ** -0.5
+    # (1, heads, tokens, width) -> (examples, heads, longest, width). What is filled in stands behind an example: it sees but is not seen.
     q, k, v = (
-        _Spread.apply(x[0].transpose(0, 1), at, n * width).view(n, width, *x.shape[1:2], -1).transpose(1, 2) for x in (query, key, value)
+        _Spread.apply(x[0, :, shared:].transpose(0, 1), layout.at, n * width).view(n, width, x.shape[1], -1).transpose(1, 2)  # type: ignore[no-untyped-call]
+        for x in (query, key, value)
     )
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    return _Gather.apply(o.transpose(1, 2).reshape(n * width, *o.shape[1:2], -1), at)[None], None
+    near = (key[0, :, :shared], value[0, :, :shared])
+    own = _causal(q, k, v, scale, near if shared else None)
+    made = [_Gather.apply(own.transpose(1, 2).reshape(n * width, own.shape[1], -1), layout.at)]  # type: ignore[no-untyped-call]
+    if shared:
+        first = _causal(query[:, :, :shared], key[:, :, :shared], value[:, :, :shared], scale)
+        made.insert(0, first[0].transpose(0, 1))
+    return torch.cat(made)[None], None
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, near: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """(n, heads, m, width): every token sees what stands before it in its row and all of `near`, keys and values (groups, c, width)."""
+    n, heads, m, width = q.shape
+    groups = k.shape[1]
+    if m > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != groups)
+    q = (q * scale).reshape(n, groups, -1, width)  # query heads that read one key head are more rows of it
+    scores = (q @ k.transpose(2, 3)).view(n, heads, m, m)
+    scores = scores.float().masked_fill(torch.ones(m, m, dtype=torch.bool, device=q.device).triu_(1), -torch.inf).view(n, groups, -1, m)
+    if near is None:
+        return (scores.softmax(-1).to(v.dtype) @ v).view(n, heads, m, -1)
+    c = near[0].shape[1]
+    folded = q.transpose(0, 1).reshape(groups, -1, width)
+    far = (folded @ near[0].transpose(1, 2)).view(groups, n, -1, c).transpose(0, 1)
+    p = torch.cat([far.float(), scores], -1).softmax(-1).to(v.dtype)
+    seen = (p[..., :c].transpose(0, 1).reshape(groups, -1, c) @ near[1]).view(groups, n, -1, v.shape[-1]).transpose(0, 1)
+    return (seen + p[..., c:] @ v).reshape(n, heads, m, -1)
 
 
 class _Spread(torch.autograd.Function):
@@ -120,7 +197,7 @@ def _head(model: HF, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if any(p.requires_grad for p in model.model.get_output_embeddings().parameters()):
         made = [(F.cross_entropy(logits := model.head(h), y, reduction="none"), logits.argmax(-1) == y) for h, y in chunks]
     else:
-        made = [_HeadLoss.apply(h, y, model.head) for h, y in chunks]
+        made = [_HeadLoss.apply(h, y, model.head) for h, y in chunks]  # type: ignore[no-untyped-call]
     return torch.cat([nll for nll, _ in made]), torch.cat([hit for _, hit in made])
 
 
@@ -133,12 +210,17 @@ class _HeadLoss(torch.autograd.Function):
         with torch.set_grad_enabled(wanted):
             own = hidden.detach().requires_grad_(wanted)
             logits = head(own)
-            nll = F.cross_entropy(logits, labels, reduction="none")
-            if wanted:
-                ctx.save_for_backward(*torch.autograd.grad(nll.sum(), own))
-        hit = logits.detach().argmax(-1) == labels
+        with torch.no_grad():
+            p = logits.softmax(-1)
+            top = p.argmax(-1, keepdim=True)
+            # The logarithm of the sum, by the largest term, whose probability is far from 0.
+            nll = (logits.gather(1, top) - p.gather(1, top).log() - logits.gather(1, labels[:, None]))[:, 0]
+            hit = top[:, 0] == labels
+        if wanted:
+            p[torch.arange(len(labels), device=labels.device), labels] -= 1
+            ctx.save_for_backward(*torch.autograd.grad(logits, own, p))
         ctx.mark_non_differentiable(hit)
-        return nll.detach(), hit
+        return nll, hit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:

@@ -16,11 +16,13 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +33,9 @@ from saddlepoint.errors import TrainingError, UsageError
 from saddlepoint.finetuning import checkpoints
 from saddlepoint.finetuning.checkpoints import State
 from saddlepoint.finetuning.first_token import faded
+from saddlepoint.finetuning.fused import fuse
 from saddlepoint.finetuning.masks import context, encoded
-from saddlepoint.finetuning.packed import losses, parts
+from saddlepoint.finetuning.packed import losses, packs, parts
 from saddlepoint.finetuning.plan import Event, Note, Result, Saved, Spec, Step, resolved
 from saddlepoint.targets.hf import HF
 from saddlepoint.training import Encoded, _rate, _write, based
@@ -45,6 +48,7 @@ __all__ = ["Event", "Note", "Result", "Saved", "Spec", "Step", "resolved", "trai
 RANK, ALPHA = 16, 32
 LR = {"supervised": 4e-4, "dpo": 1e-4}  # of a LoRA at its peak
 FULL = 0.05  # times that of a LoRA where every weight is trained
+T = TypeVar("T")
 KEPT = 3  # checkpoints
 EVERY = 5.0  # seconds between two states; more where writing one takes more than a twentieth of that
 
@@ -66,17 +70,19 @@ class Learner:
         working: The weights that are multiplied, in the model's dtype; AdamW works on float32 masters, because a small step is lost
             in bfloat16.
         began: Copies of them as the training began; made where a loss asks the model as it was.
+        streams: How many parts are computed side by side: on a processor two cores do more with a part each than with one together.
     """
 
     model: HF
     wrapped: Any
     working: list[Tensor]
     began: list[Tensor]
+    streams: int
 
     @torch.no_grad()
     def take(self, weights: Tensor) -> None:
         """Work with these masters, float32 (parameters,)."""
-        for p, own in zip(self.working, weights.split([p.numel() for p in self.working]), strict=True):
+        for p, own in zip(self.working, torch.split(weights, [p.numel() for p in self.working]), strict=True):
             p.copy_(own.view_as(p))
 
     @contextmanager
@@ -85,8 +91,29 @@ class Learner:
         with torch.no_grad():
             for p, first in zip(self.working, self.began, strict=True):
                 p.copy_(first)
+        try:
             yield
-        self.take(weights)
+        finally:
+            self.take(weights)
+
+    def side_by_side(self, jobs: Sequence[Callable[[], T]], check: Callable[[], None]) -> Iterator[T]:
+        """What the jobs give, in order; before each is begun, and ten times a second while they are waited for, `check` may end it all."""
+        if self.streams == 1 or len(jobs) == 1:
+            for job in jobs:
+                check()
+                yield job()
+            return
+        each = max(1, torch.get_num_threads() // self.streams)
+        with ThreadPoolExecutor(self.streams, initializer=lambda: torch.set_num_threads(each)) as pool:
+            waiting = [pool.submit(job) for job in jobs]
+            try:
+                for future in waiting:
+                    while not wait([future], 0.1).done:
+                        check()
+                    yield future.result()
+            finally:
+                for future in waiting:
+                    future.cancel()
 
 
 def train(
@@ -185,9 +212,13 @@ def _learner(model: HF, spec: Spec) -> Learner:
             how = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
             wrapped = get_peft_model(model.model, how, autocast_adapter_dtype=False)
     model.model.eval()  # no dropout: nothing is drawn
+    packs(model)
+    if wrapped is not None:
+        fuse(wrapped)
     working = [p for p in (wrapped or model.model).parameters() if p.requires_grad]
     asks = spec.constraint or spec.method == "dpo"
-    return Learner(model, wrapped, working, [p.detach().clone() for p in working] if asks else [])
+    streams = min(8, torch.get_num_threads()) if model.device.type == "cpu" else 1
+    return Learner(model, wrapped, working, [p.detach().clone() for p in working] if asks else [], streams)
 
 
 def _steps(
@@ -243,30 +274,60 @@ def _gradient(
 ) -> tuple[Tensor, float, float]:
     """float32 (parameters,), the gradient of a batch's mean loss; that loss, and its accuracy."""
     n = _units(spec, batch)
+
+    def compute(part: list[Encoded], frozen: Tensor | None) -> tuple[list[Tensor | None], float, int]:
+        aim, told, hits = _losses(spec, learner.model, part, frozen)
+        return list(torch.autograd.grad(aim / n, learner.working, allow_unused=True)), float(told), int(hits)
+
     gradient, loss, right = torch.zeros_like(weights), 0.0, 0
-    for part in parts(batch):
-        check()
-        aim, told, hits = _losses(spec, learner, part, weights)
-        made = torch.autograd.grad(aim / n, learner.working, allow_unused=True)
-        at = 0
-        for p, g in zip(learner.working, made, strict=True):
+    sizes = [p.numel() for p in learner.working]
+    for made, told, hits in _each(spec, learner, batch, weights, compute, check, spec.constraint or spec.method == "dpo"):
+        for own, g in zip(torch.split(gradient, sizes), made, strict=True):
             if g is not None:
-                gradient[at : at + p.numel()].add_(g.flatten())
-            at += p.numel()
+                own.add_(g.flatten())
         loss, right = loss + told, right + hits
     return gradient, loss / n, right / n
 
 
-@torch.no_grad()
 def _measured(spec: Spec, learner: Learner, batch: list[Encoded], weights: Tensor, check: Callable[[], None]) -> tuple[float, float]:
     """Mean loss and accuracy of examples that are not trained on."""
-    loss, right = 0.0, 0
-    for part in parts(batch):
-        check()
-        _, told, hits = _losses(spec, learner, part, weights)
-        loss, right = loss + told, right + hits
+
+    @torch.no_grad()
+    def compute(part: list[Encoded], frozen: Tensor | None) -> tuple[float, int]:
+        _, told, hits = _losses(spec, learner.model, part, frozen)
+        return float(told), int(hits)
+
+    found = list(_each(spec, learner, batch, weights, compute, check, spec.method == "dpo"))
     n = max(1, _units(spec, batch))
-    return loss / n, right / n
+    return sum(told for told, _ in found) / n, sum(hits for _, hits in found) / n
+
+
+def _each(
+    spec: Spec,
+    learner: Learner,
+    batch: list[Encoded],
+    weights: Tensor,
+    compute: Callable[[list[Encoded], Tensor | None], T],
+    check: Callable[[], None],
+    reference: bool,
+) -> Iterator[T]:
+    """What `compute` makes of each part of a batch, in order, and, if wanted, of what the model that the training began with made of it."""
+    cut = parts(batch, learner.streams)
+    frozen: list[Tensor | None] = [None] * len(cut)
+    if reference:
+
+        @torch.no_grad()
+        def before(part: list[Encoded]) -> Tensor:
+            return losses(learner.model, _answers(part))[0]
+
+        with learner.as_it_began(weights):
+            frozen = list(learner.side_by_side([partial(before, part) for part in cut], check))
+    yield from learner.side_by_side([partial(compute, part, own) for part, own in zip(cut, frozen, strict=True)], check)
+
+
+def _answers(part: list[Encoded]) -> list[Encoded]:
+    """The answers of a part, then those that are not to be given."""
+    return [*part, *(e.rejected for e in part if e.rejected)]
 
 
 def _units(spec: Spec, batch: list[Encoded]) -> int:
@@ -274,25 +335,21 @@ def _units(spec: Spec, batch: list[Encoded]) -> int:
     return len(batch) if spec.method == "dpo" else sum(token != -100 for e in batch for token in e.learned)
 
 
-def _losses(spec: Spec, learner: Learner, part: list[Encoded], weights: Tensor) -> tuple[Tensor, float, int]:
-    """Sums over the units of a part: what is minimized, the loss that is told, and how many were right."""
+def _losses(spec: Spec, model: HF, part: list[Encoded], frozen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the units of a part: what is minimized, the loss that is told, and how many were right.
+
+    Args:
+        frozen: float32 (trained,): the negative log-likelihoods of all its answers by the model that the training began with.
+    """
+    nll, hits = losses(model, _answers(part))
     if spec.method == "dpo":
-        answers = [*part, *(e.rejected for e in part if e.rejected)]
-        with learner.as_it_began(weights):
-            frozen, _ = losses(learner.model, answers)
-        nll, _ = losses(learner.model, answers)
-        lengths = [sum(token != -100 for token in e.learned) for e in answers]
-        chosen, rejected = torch.stack([own.sum() for own in (frozen - nll).split(lengths)]).chunk(2)
-        margins = chosen - rejected
-        aim = -F.logsigmoid(spec.beta * margins).sum()
-        return aim, float(aim.detach()), int((margins > 0).sum())
-    if spec.constraint and torch.is_grad_enabled():
-        with learner.as_it_began(weights):
-            frozen, _ = losses(learner.model, part)
-        nll, hits = losses(learner.model, part)
-        return faded(nll, frozen, part).sum(), float(nll.detach().sum()), int(hits.sum())
-    nll, hits = losses(learner.model, part)
-    return nll.sum(), float(nll.detach().sum()), int(hits.sum())
+        assert frozen is not None
+        ratio = torch.split(frozen - nll, [sum(token != -100 for token in e.learned) for e in _answers(part)])
+        chosen, rejected = torch.stack([own.sum() for own in ratio]).chunk(2)
+        aim = -F.logsigmoid(spec.beta * (chosen - rejected)).sum()
+        return aim, aim.detach(), (chosen > rejected).sum()
+    aim = nll if frozen is None else faded(nll, frozen, part)
+    return aim.sum(), nll.detach().sum(), hits.sum()
 
 
 def _checkpoint(spec: Spec, learner: Learner, folder: Path, step: Step) -> Path:
@@ -309,12 +366,14 @@ def _checkpoint(spec: Spec, learner: Learner, folder: Path, step: Step) -> Path:
     if learner.wrapped is not None:
         _write(learner.wrapped, out, card)
     else:
-        partial = folder / f".partial-{out.name}"
-        learner.model.model.save_pretrained(partial)
-        learner.model.tokenizer.save_pretrained(partial)
-        (partial / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")  # a card.json would make it an adapter
+        unfinished = folder / f".partial-{out.name}"
+        learner.model.model.save_pretrained(unfinished)
+        learner.model.tokenizer.save_pretrained(unfinished)
+        (unfinished / "training.json").write_text(
+            json.dumps(card, indent=1) + "\n", encoding="utf-8"
+        )  # a card.json would make it an adapter
         shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        unfinished.rename(out)
     kept = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
     for old in kept[:-KEPT]:
         shutil.rmtree(old)
