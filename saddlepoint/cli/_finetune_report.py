@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from saddlepoint.cli._common import out
-from saddlepoint.finetuning.counts import Counts, Cut
+from saddlepoint.finetuning.counts import Counts
 from saddlepoint.finetuning.overlap import Pair
 from saddlepoint.finetuning.report import Looked, Report
 from saddlepoint.finetuning.summary import SHOWN, readable
@@ -54,15 +54,13 @@ def plain(found: Report) -> dict[str, Any]:
 
 def _plain(looked: Looked) -> dict[str, Any]:
     checked, counts = looked.checked, looked.counts
-    mistakes = [*checked.mistakes, *(counts.mistakes if counts else ())]
     return {
         "file": looked.name,
         "bytes": looked.bytes,
-        "right": looked.right,
         "format": checked.format,
         "examples": checked.examples,
-        "mistakes": [asdict(mistake) for mistake in mistakes],
-        "warnings": [asdict(warning) for warning in checked.warnings],
+        "mistakes": [asdict(mistake) for mistake in looked.mistakes],
+        "warnings": [asdict(warning) for warning in looked.warnings],
         "counts": {k: v for k, v in asdict(counts).items() if k not in ("lengths", "mistakes")} if counts else None,
         "duplicates": [asdict(pair) for pair in looked.duplicates],
     }
@@ -71,8 +69,7 @@ def _plain(looked: Looked) -> dict[str, Any]:
 def _file(looked: Looked, what: str) -> None:
     checked = looked.checked
     _line(f"{what} {looked.name}: format {checked.format}, {checked.examples:,} example(s), {looked.bytes:,} bytes")
-    mistakes = [*checked.mistakes, *(looked.counts.mistakes if looked.counts else ())]
-    for name, found, shown in (("mistakes", mistakes, SHOWN), ("warnings", checked.warnings, 1)):
+    for name, found, shown in (("mistakes", looked.mistakes, SHOWN), ("warnings", looked.warnings, 1)):
         _line(f"{name}: {len(found):,}" if found else f"{name}: none")
         for line in readable(found, shown):
             _line(f"  {line}")
@@ -86,15 +83,7 @@ def _counts(counts: Counts) -> None:
     for name, s in (("tokens", counts.tokens), ("tokens learned", counts.trained), ("messages", counts.messages)):
         shown.add_row(name, *(f"{x:,.1f}".removesuffix(".0") for x in (s.min, s.p5, s.median, s.mean, s.p95, s.max, s.total)))
     out.print(shown)
-    if not counts.cut:
-        _line(f"none is longer than the {counts.context:,} tokens that the model reads")
-        return
-    _line(f"{len(counts.cut):,} will be cut off after {counts.context:,} tokens: {_first(counts.cut)}")
-
-
-def _first(cut: tuple[Cut, ...]) -> str:
-    named = ", ".join(f"line {one.line} ({one.tokens:,} tokens)" for one in cut[:SHOWN])
-    return f"{named} and {len(cut) - SHOWN:,} more" if len(cut) > SHOWN else named
+    _line(f"{len(counts.cut):,} longer than the {counts.context:,} tokens that the model reads")
 
 
 def _pairs(name: str, pairs: tuple[Pair, ...], other: str) -> None:

@@ -124,6 +124,23 @@ def walk(text: str) -> Walked:
     return made
 
 
+def several(text: str) -> list[Fault]:
+    """What is wrong in values that follow one another, with or without commas, over any lines; up to the first that ends one."""
+    found: list[Fault] = []
+    at = _skip(text, 0)
+    while at < len(text):
+        made = Walked()
+        try:
+            _, at = _value(text, at, (), made)
+        except _Broken as broken:
+            return [*found, *made.faults, *([] if made.guessed else [broken.fault])]
+        found += made.faults
+        at = _skip(text, at)
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+    return found
+
+
 def _value(text: str, at: int, path: Path, made: Walked) -> tuple[Any, int]:
     """The value that begins at a place, and where it ends."""
     made.values[path] = at

@@ -16,13 +16,15 @@ from typing import Any, Literal
 from saddlepoint import tool_text
 from saddlepoint.finetuning import _rules as rules
 from saddlepoint.finetuning._issues import Issue, kind
-from saddlepoint.finetuning._json import ABSENT, value, walk
+from saddlepoint.finetuning._json import ABSENT, several, value, walk
 from saddlepoint.types import Message, Role
 
 Format = Literal["chat", "completion", "preference", "reinforcement"]
 RULES = {"chat": rules.chat, "completion": rules.completion, "preference": rules.preference, "reinforcement": rules.reinforcement}
 LEAST = 10
 """Examples that a training file must have."""
+CLEAR = 50
+"""Examples from which a gain is usually clear."""
 _BOM = b"\xef\xbb\xbf"
 _AS: dict[str, Role] = {"developer": "system", "function": "tool"}
 _LOOKED_AT = 200  # lines that tell the format
@@ -108,7 +110,7 @@ def check(data: bytes, format: Format | None = None, least: int = LEAST) -> Chec
     """
     lines = data.removeprefix(_BOM).split(b"\n")
     if whole := _not_lines(data, lines):
-        return Checked(format or "chat", 0, (), (whole,), ())
+        return Checked(format or "chat", 0, (), tuple(whole), ())
     format = format or _format(lines)
     records: list[Record] = []
     mistakes: list[Mistake] = []
@@ -128,6 +130,9 @@ def check(data: bytes, format: Format | None = None, least: int = LEAST) -> Chec
     if examples < least:
         said = f"the file has {examples} example(s), but must have at least {least}"
         mistakes.append(Mistake(max(1, len(lines) - 1), 1, "invalid_n_examples", said))
+    elif least > 1 and examples < CLEAR:
+        said = f"{examples} examples; from {CLEAR} to 100 a gain is usually clear"
+        warnings.append(Mistake(max(1, len(lines) - 1), 1, "few_examples", said))
     return Checked(format, examples, tuple(records), tuple(mistakes), tuple(warnings))
 
 
@@ -194,20 +199,21 @@ def _format(lines: list[bytes]) -> Format:
     return seen.most_common(1)[0][0] if seen else "chat"
 
 
-def _not_lines(data: bytes, lines: list[bytes]) -> Mistake | None:
-    """Why the file as a whole cannot be JSON Lines, said once and not for each of its lines."""
+def _not_lines(data: bytes, lines: list[bytes]) -> list[Mistake]:
+    """Why the file as a whole is no JSON Lines, said once and not for each of its lines, and what is wrong in its JSON besides."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in data[:4]:
-        return Mistake(1, 1, "invalid_encoding", "the file is in UTF-16 or UTF-32; save it as UTF-8")
-    number, first = next(((n, raw) for n, raw in enumerate(lines, 1) if raw.strip()), (1, b""))
-    if (len(lines) > number and first.strip() in (b"[", b"{")) or first.lstrip()[:1] == b"[":
-        try:
-            found = value(data.removeprefix(_BOM).decode())
-        except UnicodeDecodeError:
-            return None
-        if found is not ABSENT:
-            shape = "one JSON list" if isinstance(found, list) else "one JSON object over several lines"
-            return Mistake(number, 1, "not_json_lines", f"the file is {shape}; write one object a line, with nothing between them")
-    return None
+        return [Mistake(1, 1, "invalid_encoding", "the file is in UTF-16 or UTF-32; save it as UTF-8")]
+    number, first = next(((n, raw.strip()) for n, raw in enumerate(lines, 1) if raw.strip()), (1, b""))
+    a_list = first[:1] == b"[" and isinstance(value(first.decode(errors="replace")), list)
+    if first not in (b"{", b"[") and not a_list:
+        return []
+    shape = "objects are written over several lines" if first == b"{" else "the file is one JSON list"
+    found = [Mistake(number, 1, "not_json_lines", f"{shape}; write one object a line, with nothing around or between them")]
+    text = data.removeprefix(_BOM).decode(errors="replace")
+    for fault in [] if a_list else several(text):
+        line = text.count("\n", 0, fault.at) + 1
+        found.append(Mistake(line, fault.at - text.rfind("\n", 0, fault.at), fault.code, fault.message))
+    return found
 
 
 def _record(line: Mapping[str, Any], number: int, format: Format) -> Record:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from saddlepoint.errors import UsageError
 from saddlepoint.finetuning.cost import Cost, Prices, Speed, cost, recorded, speed
 from saddlepoint.finetuning.counts import Counts, measured
-from saddlepoint.finetuning.data import Checked, Format, check
+from saddlepoint.finetuning.data import Checked, Format, Mistake, check
 from saddlepoint.finetuning.overlap import Pair, duplicates, leaks
 from saddlepoint.finetuning.plan import Method, resolved
 
 if TYPE_CHECKING:
     from saddlepoint.targets.hf import HF
 
+LARGE = 50 << 20  # bytes
 METHODS: dict[Format, Method] = {"chat": "supervised", "completion": "supervised", "preference": "dpo", "reinforcement": "reinforcement"}
 
 
@@ -33,8 +34,17 @@ class Looked:
     duplicates: tuple[Pair, ...]
 
     @property
-    def right(self) -> bool:
-        return not self.checked.mistakes and not (self.counts and self.counts.mistakes)
+    def mistakes(self) -> tuple[Mistake, ...]:
+        """Of the file, and of the examples that the model cannot be trained on."""
+        return self.checked.mistakes + (self.counts.mistakes if self.counts else ())
+
+    @property
+    def warnings(self) -> tuple[Mistake, ...]:
+        """Of the file, and of the examples that are too long."""
+        long = "{:,} tokens, and the model reads {:,}: the rest is cut off"
+        cut = [Mistake(c.line, 1, "too_long", long.format(c.tokens, self.counts.context)) for c in self.counts.cut] if self.counts else []
+        large = f"{self.bytes:,} bytes; servers take {LARGE:,} where they are told nothing else"
+        return (*([Mistake(1, 1, "large_file", large)] if self.bytes > LARGE else []), *self.checked.warnings, *cut)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Report:
 
     @property
     def right(self) -> bool:
-        return self.training.right and (self.validation is None or self.validation.right)
+        return not self.training.mistakes and not (self.validation and self.validation.mistakes)
 
 
 def looked(file: Path, format: Format | None, least: int, model: "HF | None", tell: Callable[[int, int], None]) -> Looked:
