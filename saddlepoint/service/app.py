@@ -3,10 +3,12 @@
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from threading import Event
 from typing import Any
 
@@ -17,11 +19,15 @@ from starlette.exceptions import HTTPException
 
 from saddlepoint import __version__
 from saddlepoint.errors import SaddlepointError, UsageError
+from saddlepoint.service import files, graders, jobs, models, uploads
+from saddlepoint.service.background import living
 from saddlepoint.service.blocks import BlockLog
 from saddlepoint.service.chat import Answer, Choice, Served, moderated, read
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.gate import Gate, Keys
 from saddlepoint.service.meters import Meters
+from saddlepoint.service.routing import Tuning
+from saddlepoint.service.rows import Refused
 from saddlepoint.service.wire import ChatRequest, ModerationRequest
 
 IN_FLIGHT = 64  # chats that are answered at once; more are told to come again
@@ -66,13 +72,23 @@ def create(
     max_body: int = 1 << 20,
     upload_seconds: float = 30.0,
     open_hosts: frozenset[str] = frozenset(),
+    tuning: Tuning | None = None,
 ) -> FastAPI:
-    """The application of a service; see `Gate` for who may ask what."""
-    app = FastAPI(title="Saddlepoint", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    """The application of a service; see `Gate` for who may ask what.
+
+    Args:
+        tuning: Files, fine-tuning jobs and their models; None leaves those routes out.
+    """
+    lifespan = living(tuning) if tuning else None
+    app = FastAPI(title="Saddlepoint", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(
-        Gate, meters=service.meters, keys=keys, rate=rate, max_body=max_body, upload_seconds=upload_seconds, open_hosts=open_hosts
-    )
+    limits: dict[str, Any] = {
+        "rate": rate,
+        "max_body": max_body,
+        "max_file": tuning.max_file if tuning else 0,
+        "upload_seconds": upload_seconds,
+    }
+    app.add_middleware(Gate, meters=service.meters, keys=keys, open_hosts=open_hosts, **limits)
 
     @app.exception_handler(ApiError)
     async def told(_: Request, wrong: ApiError) -> Response:
@@ -80,9 +96,17 @@ def create(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, wrong: RequestValidationError) -> Response:
-        first = wrong.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return ApiError(400, f"{where or 'the body'}: {first['msg']}", "invalid_value", where or None).response
+        first, *others = wrong.errors()
+        where = _field(first["loc"])
+        if first["type"] == "extra_forbidden":
+            return ApiError(400, f"no such parameter: '{where}'", "unknown_parameter", where).response
+        said = dict.fromkeys(one["msg"] for one in (first, *others) if _field(one["loc"]) == where)
+        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+        return ApiError(400, f"{where or 'the body'}: {' or '.join(said)}", code, where or None).response
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, wrong: Refused) -> Response:
+        return ApiError(400, str(wrong), wrong.code, wrong.param).response
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, wrong: HTTPException) -> Response:
@@ -105,15 +129,11 @@ def create(
         """Meters in Prometheus' format."""
         return Response(service.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The models that may be asked."""
-        return {"object": "list", "data": [served.card for served in service.models.values()]}
-
-    @app.get("/v1/models/{model:path}")
-    async def retrieve_model(model: str) -> dict[str, Any]:
-        """One model."""
-        return service.model(model).card
+    app.include_router(models.routes(service.models, tuning))
+    app.include_router(graders.routes(lambda name, request: service.model(name), service.meters))
+    if tuning:
+        for part in (files, uploads, jobs):
+            app.include_router(part.routes(tuning))
 
     @app.post("/v1/moderations")
     async def create_moderation(body: ModerationRequest) -> dict[str, Any]:
@@ -255,6 +275,12 @@ class _Chat:
     def _count(self, by: int) -> None:
         self.service.chats += by
         self.service.meters.in_flight.inc(by)
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
+    """The field that a mistake is in, without what pydantic calls the alternatives of a union."""
+    names = (str(part) for part in loc[loc[0] in ("body", "query", "path") :])
+    return ".".join(takewhile(re.compile(r"\w+").fullmatch, names))
 
 
 def _line(chunk: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 from uuid import uuid4
@@ -99,6 +100,13 @@ class Blobs:
         """Remove a blob; one that is not there is gone already."""
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._place(sha))
+
+    def sweep(self, age: float = 24 * 3600) -> None:
+        """Remove what was being put by processes that were killed, once it is `age` seconds old."""
+        for path in self._fs.ls(f"{self._root}/partial", detail=False):
+            if (datetime.now(UTC) - self._fs.modified(path)).total_seconds() > age:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
 
     def put_folder(self, folder: Path) -> Manifest:
         """Keep every file of a folder: their relative paths with the SHA-256 of each."""

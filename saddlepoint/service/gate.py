@@ -20,6 +20,9 @@ from saddlepoint.service.errors import ApiError
 from saddlepoint.service.meters import Meters
 
 OPEN = frozenset({"/health"})  # needs no key
+UPLOADS = re.compile(r"/v1/(files|uploads/[^/]+/parts)")  # bodies that are passed on as they come
+FRAME = 1 << 16  # bytes around a file that is uploaded
+PACE = 1 << 16  # bytes a second that an upload has to keep up, once `upload_seconds` are over
 LOCAL = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})
 
 
@@ -88,7 +91,8 @@ class Gate:
         keys: None lets everybody in, from this machine's own names only, so that no web page can ask through a browser.
         rate: Requests a minute for each key; 0 is no limit.
         max_body: Bytes.
-        upload_seconds: A body must have come within so many.
+        max_file: Bytes of a file that is uploaded; 0 where none can be.
+        upload_seconds: A body must have come within so many; a file that is uploaded may take longer as long as it keeps its `PACE`.
         open_hosts: Names under which the server may be asked without keys, besides this machine's own.
     """
 
@@ -97,6 +101,7 @@ class Gate:
     keys: Keys | None = None
     rate: float = 0.0
     max_body: int = 1 << 20
+    max_file: int = 0
     upload_seconds: float = 30.0
     open_hosts: frozenset[str] = frozenset()
     _buckets: dict[str, _Bucket] = field(default_factory=dict)
@@ -119,16 +124,14 @@ class Gate:
 
         try:
             self._admit(scope, state)
-            body = await self._body(scope, receive)
+            if self.max_file and scope["method"] == "POST" and UPLOADS.fullmatch(scope["path"]):
+                come = self._uploaded(scope, receive)
+            else:
+                come = self._replayed(await self._body(scope, receive), receive)
         except ApiError as wrong:
             await _send(answer, wrong)
         else:
-            given = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-            async def replay() -> Message:
-                return next(given, None) or await receive()
-
-            await self.app(scope, replay, answer)
+            await self.app(scope, come, answer)
         finally:
             for done in state.get("endings", ()):
                 done()
@@ -138,6 +141,8 @@ class Gate:
     def _admit(self, scope: Scope, state: dict[str, Any]) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         state["key"] = ""
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            raise ApiError(400, "the address holds a zero byte", "invalid_value")
         if scope["path"] in OPEN:
             return
         if self.keys is None:
@@ -166,26 +171,56 @@ class Gate:
             bucket.left -= 1
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        too_large = ApiError(413, f"the body is larger than {self.max_body} bytes", "request_too_large", headers={"connection": "close"})
+        parts = []
+        come = self._counted(scope, receive, self.max_body, pace=0)
+        while True:
+            message = await come()
+            parts.append(message.get("body", b""))
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    def _uploaded(self, scope: Scope, receive: Receive) -> Receive:
+        return self._counted(scope, receive, self.max_file + FRAME, PACE)
+
+    def _replayed(self, body: bytes, receive: Receive) -> Receive:
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> Message:
+            return next(given, None) or await receive()
+
+        return replay
+
+    def _counted(self, scope: Scope, receive: Receive, most: int, pace: int) -> Receive:
+        """A body as it comes, up to `most` bytes, and no slower than is allowed.
+
+        Args:
+            pace: Bytes of what has come that buy another second; 0 is none.
+        """
+        too_large = ApiError(413, f"the body is larger than {most} bytes", "request_too_large", headers={"connection": "close"})
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if not length.isdigit() or len(length) > 12 or int(length) > self.max_body:
+        if not length.isdigit() or len(length) > 12 or int(length) > most:
             raise too_large
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(self.upload_seconds):
-                while True:
+        began, size, whole = asyncio.get_running_loop().time(), 0, False
+
+        async def come() -> Message:
+            nonlocal size, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(began + self.upload_seconds + (size / pace if pace else 0)):
                     message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the request broke off", "broken_off")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self.max_body:
-                        raise too_large
-                    if not message.get("more_body"):
-                        return b"".join(parts)
-        except TimeoutError:
-            said = f"the body did not come within {self.upload_seconds:g} s"
-            raise ApiError(408, said, "request_timeout", headers={"connection": "close", "x-should-retry": "false"}) from None
+            except TimeoutError:
+                said = f"the body did not come within {self.upload_seconds:g} s" + (f", nor at {pace} bytes a second" if pace else "")
+                raise ApiError(408, said, "request_timeout", headers={"connection": "close", "x-should-retry": "false"}) from None
+            if message["type"] == "http.disconnect":
+                raise ApiError(400, "the request broke off", "broken_off")
+            size += len(message.get("body", b""))
+            if size > most:
+                raise too_large
+            whole = not message.get("more_body")
+            return message
+
+        return come
 
 
 async def _send(send: Send, wrong: ApiError) -> None:

@@ -1,12 +1,16 @@
 """Webhooks that are to be sent, in the service's database: written with the end of a job, in one transaction."""
 
+import base64
 import json
+import re
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
+from saddlepoint.errors import UsageError
 from saddlepoint.service.records import Delivery
 from saddlepoint.service.rows import fresh
 from saddlepoint.service.schema import DELIVERY, HOOK, clock, writing
@@ -26,12 +30,22 @@ class Outbox:
     def __init__(self, engine: Engine):
         self._engine = engine
 
-    def subscribe(self, urls: Mapping[str, str]) -> None:
-        """Whom to tell of the ends of jobs from now on: URLs with their secrets."""
+    def subscribe(self, urls: Collection[str]) -> dict[str, str]:
+        """Whom to tell of the ends of jobs from now on, and nobody else: the URLs with their secrets. One that is known keeps its secret.
+
+        Raises:
+            UsageError: One is no URL.
+        """
+        if wrong := [url for url in urls if not re.fullmatch(r"https?://[^\s/?#]+\S*", url)]:
+            raise UsageError(f"--webhook {wrong[0]}: give a URL that begins with http:// or https://")
         with writing(self._engine, alone=True) as db:
+            known = {url: secret for url, secret in db.execute(select(HOOK.c.url, HOOK.c.secret))}
+            found = {url: known.get(url) or "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() for url in urls}
             db.execute(delete(HOOK))
-            for url, secret in urls.items():
+            db.execute(delete(DELIVERY).where(DELIVERY.c.url.not_in(found)))
+            for url, secret in found.items():
                 db.execute(insert(HOOK).values(url=url, secret=secret))
+        return found
 
     def due(self, lease: float) -> Delivery | None:
         """Take a webhook that is to be sent now; no other server gets it for `lease` seconds."""

@@ -30,6 +30,7 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    make_url,
     select,
     text,
 )
@@ -198,10 +199,11 @@ def connected(place: str) -> Engine:
         os.close(os.open(folder / "state.db", os.O_RDWR | os.O_CREAT, 0o600))  # what users sent is for the operator's eyes only
         place = f"sqlite:///{folder / 'state.db'}"
     try:
-        sqlite = place.startswith("sqlite:")
-        engine = create_engine(
-            place, pool_size=16, max_overflow=48, pool_pre_ping=not sqlite, connect_args={"timeout": 30} if sqlite else {}
-        )
+        url = make_url(place)
+        sqlite = url.get_backend_name() == "sqlite"
+        if not sqlite and url.password is None:  # PostgreSQL's own programs read it there too: a command line can be read by others
+            url = url.set(password=os.environ.get("PGPASSWORD"))
+        engine = create_engine(url, pool_size=16, max_overflow=48, pool_pre_ping=not sqlite, connect_args={"timeout": 30} if sqlite else {})
     except (ArgumentError, ModuleNotFoundError) as wrong:
         said = f"{wrong}; give a folder or postgresql+pg8000://USER:PASSWORD@HOST:PORT/NAME (pip install 'saddlepoint[postgres]')"
         raise UsageError(f"--state: {said}") from None

@@ -1,14 +1,15 @@
 """Files and uploads in the service's database. What they hold lies in the blob store."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Select, delete, exists, func, or_, select, update
 
 from saddlepoint.service.records import ACTIVE, File, Part, Upload
 from saddlepoint.service.rows import Refused, add, disuse, first, of, page, record, use
-from saddlepoint.service.schema import FILE, JOB, PART, UPLOAD, reading, writing
+from saddlepoint.service.schema import FILE, JOB, PART, UPLOAD, USE, reading, writing
 
 
 class Shelf:
@@ -26,7 +27,7 @@ class Shelf:
         Raises:
             Refused: Over the quota.
         """
-        with writing(self._engine, alone=True) as db:
+        with self._forgetting(file.sha), writing(self._engine, alone=True) as db:
             _within(db, file.owner, file.bytes, quota)
             add(db, FILE, file)
             use(db, file.id, [file.sha])
@@ -92,7 +93,7 @@ class Shelf:
         Raises:
             Refused: The upload is not pending, holds more than was announced, or its owner is over the quota.
         """
-        with writing(self._engine, alone=True) as db:
+        with self._forgetting(part.sha), writing(self._engine, alone=True) as db:
             upload = _pending(db, part.upload)
             had = int(db.execute(select(func.coalesce(func.sum(PART.c.bytes), 0)).where(PART.c.upload == upload.id)).scalar_one())
             if had + part.bytes > upload.bytes:
@@ -124,7 +125,7 @@ class Shelf:
         Raises:
             Refused: It is not pending.
         """
-        with writing(self._engine, alone=True) as db:
+        with self._forgetting(file.sha), writing(self._engine, alone=True) as db:
             _pending(db, upload)
             add(db, FILE, file)
             use(db, file.id, [file.sha])
@@ -159,6 +160,20 @@ class Shelf:
             over = select(PART.c.upload).join(UPLOAD, UPLOAD.c.id == PART.c.upload).where(UPLOAD.c.expires_at <= now).distinct()
             for upload in db.execute(over).scalars().all():
                 self._drop_parts(db, upload)
+
+    def forget(self, sha: str) -> None:
+        """Drop a blob that was put and that nothing came to refer to."""
+        with writing(self._engine, alone=True) as db:
+            if not db.execute(select(USE.c.sha).where(USE.c.sha == sha)).first():
+                self._drop(sha)
+
+    @contextmanager
+    def _forgetting(self, sha: str) -> Iterator[None]:
+        try:
+            yield
+        except Refused:
+            self.forget(sha)
+            raise
 
     def _drop_parts(self, db: Connection, upload: str) -> None:
         for part in db.execute(select(PART.c.id).where(PART.c.upload == upload)).scalars().all():

@@ -107,6 +107,7 @@ def routes(tuning: Tuning) -> APIRouter:
 
         sha, size = tuning.blobs.put(whole())
         if body.md5 and body.md5.lower() != digest.hexdigest():
+            shelf.forget(sha)
             raise ApiError(400, f"the parts have the MD5 {digest.hexdigest()}, not {body.md5}; send them again", "invalid_value", "md5")
         now = int(time.time())
         expires = now + upload.lifetime if upload.lifetime else None
