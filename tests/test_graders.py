@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import example, given
@@ -15,7 +15,12 @@ from saddlepoint.finetuning import formula, grader_types, graders
 from saddlepoint.finetuning.similarity import METRICS, bleu, cosine, fuzzy_match, gleu, rouge, rouge_l
 from saddlepoint.types import Chat, Completion, Message, Sampling
 
-pytest.importorskip("rapidfuzz"), pytest.importorskip("sacrebleu")
+pytest.importorskip("rapidfuzz"), pytest.importorskip("sacrebleu"), pytest.importorskip("fastapi")
+from test_serve import running  # noqa: E402
+
+if TYPE_CHECKING:
+    from saddlepoint.targets.hf import HF
+
 CAT, LAY = "the cat sat on the mat", "the cat lay on the mat"
 WORDS = st.text(st.sampled_from("abc XY.,é"), max_size=30)
 JUNK = st.recursive(
@@ -316,3 +321,85 @@ def test_a_grader_is_plain_data() -> None:
     for one in (check("eq"), score(), label(), multi("a + b", a=check("eq"), b=score())):
         read = grader_types.read(one)
         assert grader_types.read(json.loads(read.model_dump_json())) == read
+
+
+# ---- over the protocol
+
+
+@pytest.fixture(scope="module")
+def client(tiny: "HF") -> Iterator[Any]:
+    """The official client of a running server with a model, one that scripts its answers, and one that is down."""
+    openai = pytest.importorskip("openai")
+    from saddlepoint.service.app import Service
+    from saddlepoint.service.chat import Served
+    from saddlepoint.targets.scripted import Scripted
+
+    scripted = Scripted(lambda q: '{"result": 0.75}' if "Grade" in q.chat[0].text else "not good")
+    down = Scripted(lambda q: Completion("", finish="error", error="connection failed"))
+    service = Service.of([Served("tiny", tiny), Served("judge", scripted), Served("down", down)])
+    with running(service) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_the_official_client_runs_graders(client: Any) -> None:
+    run = client.fine_tuning.alpha.graders.run
+    found = run(grader=check("eq"), model_sample="Oslo", item={"wanted": "Oslo"})
+    assert found.reward == 1.0 and found.sub_rewards == {} and found.api_model_grader_token_usage_per_model == {}
+    assert found.metadata.name == "check" and found.metadata.type == "string_check" and found.metadata.scores == {"check": 1.0}
+    assert found.metadata.execution_time >= 0 and not any(v for k, v in found.metadata.errors.to_dict().items())
+    assert len(found.metadata.errors.to_dict()) == 14
+    found = run(grader=score(), model_sample="hello")
+    assert found.reward == 0.75 and found.metadata.token_usage == found.api_model_grader_token_usage_per_model["judge"]
+    found = run(grader=multi("(a + b) / 2", a=check("ilike"), b=label()), model_sample="OSLO", item={"wanted": "oslo", "x": 1})
+    assert found.reward == 0.5 and found.sub_rewards == {"a": 1.0, "b": 0.0} and found.metadata.scores == {"a": 1.0, "b": 0.0}
+    found = run(grader=check("eq", "{{item.reference_answer}}"), model_sample="a", extra_body={"reference_answer": "a"})  # as of 2025
+    assert found.reward == 1.0
+
+
+def test_the_flags_say_what_went_wrong(client: Any) -> None:
+    def flags(**asked: Any) -> set[str]:
+        found = client.fine_tuning.alpha.graders.run(**{"model_sample": "prose", **asked})
+        assert found.reward == 0.0
+        return {name for name, there in found.metadata.errors.to_dict().items() if there is True}
+
+    assert flags(grader=check("eq")) == {"invalid_variable_error"}
+    assert flags(grader=check("eq", "a", "{{sample.output_json.x}}")) == {"sample_parse_error"}
+    assert flags(grader=multi("1 / a", a=check("eq", "x"))) == {"formula_parse_error"}
+    assert flags(grader=label(), item={"x": 1}) == set()
+    assert flags(grader=score(input=[{"role": "user", "content": "What?"}])) == {"model_grader_parse_error"}
+    assert flags(grader=score(model="down")) == {"model_grader_server_error"}
+    found = client.fine_tuning.alpha.graders.run(grader=score(model="down"), model_sample="x")
+    assert "connection failed" in found.metadata.errors.api_model_grader_server_error_details
+
+
+def test_a_model_that_would_ramble_is_held_to_a_number_or_a_label(client: Any) -> None:
+    """The random model says nothing that can be read, so what it gives can only come of the schema."""
+    for grader in (score(model="tiny", range=[2, 3]), label(model="tiny")):
+        found = client.fine_tuning.alpha.graders.run(grader=grader, model_sample="x", item={"x": "tea"})
+        assert not found.metadata.errors.api_model_grader_parse_error and found.api_model_grader_token_usage_per_model["tiny"] > 0
+        assert 2 <= found.reward <= 3 if grader["type"] == "score_model" else found.reward in (0.0, 1.0)
+
+
+def test_a_grader_is_validated_or_refused(client: Any) -> None:
+    openai = pytest.importorskip("openai")
+    validate = client.fine_tuning.alpha.graders.validate
+    good = multi("a", a=check("eq"))
+    assert validate(grader=good).grader.to_dict() == good
+    for bad, said in [
+        ({"type": "python", "name": "p", "source": "1"}, "python graders run code"),
+        (multi("a +", a=check("eq")), "cannot be read"),
+        (check("eq", "{{sample.x}}"), "is no variable"),
+    ]:
+        for call in (
+            lambda bad=bad: validate(grader=bad),
+            lambda bad=bad: client.fine_tuning.alpha.graders.run(grader=bad, model_sample=""),
+        ):
+            with pytest.raises(openai.BadRequestError, match=said) as caught:
+                call()
+            assert caught.value.code == "invalid_grader" and caught.value.param == "grader"
+    for name in ('"\\ud800"', "NaN", "[" * 5000 + "]" * 5000):  # what the client itself would not send
+        raw = json.dumps({"grader": {**check("eq"), "name": "NAME"}}).replace('"NAME"', name)
+        found = pytest.importorskip("httpx2").post(f"{client.base_url}fine_tuning/alpha/graders/validate", content=raw)
+        assert found.status_code == 400 and set(found.json()["error"]) == {"message", "type", "param", "code"}
+    with pytest.raises(openai.NotFoundError, match="'nobody' does not exist"):
+        validate(grader=score(model="nobody"))
