@@ -1,4 +1,4 @@
-"""Serving a model behind its guards, and what the guards stopped."""
+"""Serving models behind their guards, fine-tuning them, and what the guards stopped."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +20,15 @@ blocks_app = group("What the guards of a server stopped.")
 
 @app.command()
 def serve(
-    target: Annotated[str, typer.Option(help="The model: organism, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL.")] = "organism",
-    defense: Annotated[str, typer.Option(help="Defenses around it, the first innermost; '' for none.")] = STACK,
+    target: Annotated[
+        list[str], typer.Option(help="A model: organism, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL. Several times for several.")
+    ] = ["organism"],  # noqa: B006
+    defense: Annotated[str, typer.Option(help="Defenses around each, the first innermost; '' for none.")] = STACK,
     host: Annotated[str, typer.Option(help="Where to listen; this machine alone unless told otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    model: Annotated[str, typer.Option(help="The name under which it is asked; the target's if not given.")] = "",
+    model: Annotated[
+        list[str], typer.Option(help="The name under which it is asked, in the order of the targets; the target's if not given.")
+    ] = [],  # noqa: B006
     policy: Annotated[str, typer.Option(help="On its train requests defenses are calibrated.")] = "fictional",
     key_file: Annotated[Path | None, typer.Option(help="Keys, a line NAME:KEY each; a new one is made and printed if not given.")] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Let everybody in who can reach it.")] = False,
@@ -35,34 +39,65 @@ def serve(
     log_texts: Annotated[bool, typer.Option(help="Log the requests and the withheld answers, which can then be exported.")] = True,
     enforce: Annotated[bool, typer.Option(help="Guards withhold even where a request's `moderation` asks only for scores.")] = True,
     prefill: Annotated[bool, typer.Option(help="Let clients begin the answer (continue_final_message); it breaks many models.")] = False,
+    no_tuning: Annotated[bool, typer.Option("--no-tuning", help="Serve only: no files and no fine-tuning jobs.")] = False,
+    state: Annotated[
+        str, typer.Option(help="A folder for files and jobs, or postgresql+pg8000://USER@HOST/NAME with the password in PGPASSWORD.")
+    ] = "",
+    files: Annotated[str, typer.Option(help="Where files lie: a folder or a URL of fsspec; in the folder of --state if not given.")] = "",
+    max_file: Annotated[int, typer.Option(min=1, help="Largest file that can be uploaded, in bytes.")] = 50 << 20,
+    quota: Annotated[int, typer.Option(min=0, help="Bytes that each key may store; 0 is no limit.")] = 10 << 30,
+    max_jobs: Annotated[int, typer.Option(min=0, help="Jobs of each key that have not ended; 0 is no limit.")] = 100,
+    webhook: Annotated[
+        list[str], typer.Option(help="A URL that is told of the ends of jobs, several times for several; no other is told any more.")
+    ] = [],  # noqa: B006
+    gate: Annotated[
+        str, typer.Option(help="The policy by which fine-tuned models are tested; 'off' publishes them untested.")
+    ] = "fictional",
 ) -> None:
-    """Serve a model behind its guards over the protocol of OpenAI."""
+    """Serve models behind their guards, and fine-tune them, over the protocol of OpenAI."""
     try:
         from saddlepoint.service.app import Service, create
         from saddlepoint.service.blocks import BlockLog
         from saddlepoint.service.chat import Served
         from saddlepoint.service.gate import Keys, fresh_key
+        from saddlepoint.service.routing import Tuning
         from saddlepoint.service.server import listening, server
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"serving needs {missing.name}: pip install 'saddlepoint[serve]'") from missing
     if no_key and key_file:
         raise UsageError("--no-key and --key-file are given; give one of them")
-    sock = listening(host, port)  # before the model is opened, so that a port that is taken is told at once
+    names = [*model, *target[len(model) :]]
+    if len(model) > len(target) or len(set(names)) < len(names):
+        raise UsageError(f"there are {len(target)} --target and {len(model)} --model; each target needs one name of its own")
+    sock = listening(host, port)  # before the models are opened, so that a port that is taken is told at once
     keys, key = None, ""
     if key_file:
         keys = Keys.read(key_file)
     elif not no_key:
         key = fresh_key()
         keys = Keys.of({"generated": key})
-    say(f"opening {target}")
-    around = stacked(Config(target=target, defenses=defense, policy=policy), load(policy), open_target(target))
-    served = Served(model or target, around, enforce, max_tokens, prefill)
-    app = create(Service.of([served], log=BlockLog(log, log_texts)), keys, rate, max_body, open_hosts=frozenset({host} if no_key else ()))
+    served, bases = [], {}
+    for name, place in zip(names, target, strict=True):
+        say(f"opening {place}")
+        bare = open_target(place)
+        around = stacked(Config(target=place, defenses=defense, policy=policy), load(policy), bare)
+        served.append(Served(name, around, enforce, max_tokens, prefill))
+        if hasattr(bare, "adapted"):
+            bases[name] = place
+    tuning, secrets = None, dict[str, str]()
+    if not no_tuning:
+        tuning = Tuning.at(state, files, bases, gate, max_file=max_file, quota=quota, most_jobs=max_jobs)
+        secrets = tuning.state.outbox.subscribe(webhook)
+    open_hosts = frozenset({host} if no_key else ())
+    app = create(Service.of(served, log=BlockLog(log, log_texts)), keys, rate, max_body, open_hosts=open_hosts, tuning=tuning)
     at = sock.getsockname()
     shown = f"[{at[0]}]" if ":" in at[0] else at[0]
-    print(f"http://{shown}:{at[1]}/v1 serves '{served.name}' behind: {', '.join(reversed(served.guards)) or 'no defense'}", flush=True)
+    for one in served:
+        print(f"http://{shown}:{at[1]}/v1 serves '{one.name}' behind: {', '.join(reversed(one.guards)) or 'no defense'}", flush=True)
     if key:
         print(f"key: {key}", flush=True)
+    for url, secret in secrets.items():
+        print(f"webhook secret of {url}: {secret}", flush=True)
     server(app).run(sockets=[sock])
 
 

@@ -3,13 +3,17 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Request
+from platformdirs import user_data_path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from saddlepoint.errors import UsageError
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.errors import ApiError
+from saddlepoint.service.setting import Setting
 from saddlepoint.service.state import State
 
 EVERYONE = "everyone"  # whose files are, where there are no keys
@@ -34,6 +38,28 @@ class Tuning:
     quota: int = 10 << 30
     most_jobs: int = 100
     worker: tuple[str, ...] = ()
+
+    @classmethod
+    def at(cls, state: str, files: str, bases: Mapping[str, str], gate: str, **limits: int) -> "Tuning":
+        """The fine-tuning part of a server whose worker is its own.
+
+        Args:
+            state: Of the database: a folder, or a URL; "" is a folder of the user's.
+            files: Of the blob store: a folder, or a URL of fsspec; "" is within the folder of `state`.
+            gate: The policy by which new models are tested, or "off".
+
+        Raises:
+            UsageError: One cannot be had.
+            StoreError: The database cannot be reached, or another version wrote it.
+        """
+        own = user_data_path("saddlepoint") / "service"
+        folder = own if not state or "://" in state else Path(state)
+        if "://" in state and not files:
+            raise UsageError("--state is a database; say where files lie: --files FOLDER, or a URL of fsspec that all servers reach")
+        place, files = state or str(folder), files or str(folder / "files")
+        blobs = Blobs(files)
+        worker = Setting(place, files, folder / "work", bases, gate).flags
+        return cls(State.open(place, blobs.remove), blobs, bases, worker=(*worker, "--attached") if bases else (), **limits)
 
 
 def owner(request: Request) -> str:
