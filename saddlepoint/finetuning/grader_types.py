@@ -5,7 +5,7 @@ Their texts are templates: `{{sample.output_text}}` is the answer, `{{sample.out
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -206,6 +206,15 @@ def models(grader: Grader) -> set[str]:
     """The names of the models that a grader asks."""
     parts = grader.graders.values() if isinstance(grader, Multi) else (grader,)
     return {part.model for part in parts if isinstance(part, ScoreModel | LabelModel)}
+
+
+def renamed(grader: Mapping[str, Any], name_of: Callable[[str], str]) -> dict[str, Any]:
+    """A grader as the protocol writes it, with other names for the models that it asks."""
+    made = read(grader).model_dump(mode="json")
+    for part in made["graders"].values() if made["type"] == "multi" else (made,):
+        if "model" in part:
+            part["model"] = name_of(part["model"])
+    return made
 
 
 def missing(grader: Grader, item: Mapping[str, Any]) -> str:

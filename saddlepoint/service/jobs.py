@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
+from saddlepoint.finetuning import grader_types
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.jobwire import TRAINED, JobRequest, shown, shown_checkpoint, shown_event
 from saddlepoint.service.records import File, Job
@@ -61,6 +62,9 @@ def routes(tuning: Tuning) -> APIRouter:
     def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
         """Begin a job."""
         base, method = _base(body.model, request), body.how()
+        if method["type"] == "reinforcement":
+            for name in grader_types.models(grader_types.read(method["reinforcement"]["grader"])):
+                _base(name, request)  # the trainer opens it: only what this key may tune from can grade
         if body.integrations:
             said = "this server sends nothing to others, so it has no integrations; leave them out and read the job's events"
             raise ApiError(400, said, "unsupported_parameter", "integrations")

@@ -1,6 +1,10 @@
 """What happens to a job once its files are good: they are screened and trained on, and what came of it is compared with its base."""
 
+import hashlib
+from typing import Any
+
 from saddlepoint.errors import StoreError, TrainingError
+from saddlepoint.finetuning import grader_types
 from saddlepoint.finetuning.data import Record
 from saddlepoint.finetuning.gate import Compared
 from saddlepoint.finetuning.plan import Result, Spec, resolved
@@ -50,9 +54,26 @@ def _spec(task: Task, n: int, constraint: bool = False) -> Spec:
         kind,
         seed=job.seed,
         constraint=constraint and kind == "supervised",
-        grader=job.method.get("reinforcement", {}).get("grader"),
+        grader=_grader(task),
         **fields,
     )
+
+
+def _grader(task: Task) -> dict[str, Any] | None:
+    """The grader of a job that has one, with targets in place of the names of its models."""
+    given = task.job.method.get("reinforcement", {}).get("grader")
+    return given and grader_types.renamed(given, lambda name: _judge(task, name))
+
+
+def _judge(task: Task, name: str) -> str:
+    """The target of a model that grades: a base's, or the folder of an adapter."""
+    model = task.state.model(name)  # whose it is was looked at when the job was made
+    if model is None:
+        return task.setting.target(name)
+    folder = task.folder / "judges" / hashlib.sha256(name.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        task.blobs.fetch(model.manifest, folder)
+    return str(folder)
 
 
 def _start(task: Task) -> str:
