@@ -548,7 +548,7 @@ def test_the_command_serves_survives_a_kill_and_its_log_goes_back_into_the_loop(
     scores = PerplexityFilter(world.tiny, world.tiny, threshold=0.0).scores([world.fine, world.odd])
     defense = f"perplexity_filter(scorer={str(tiny_folder)!r}, threshold={sum(scores) / 2})"
     command = [sys.executable, "-m", "saddlepoint", "serve", "--target", str(tiny_folder), "--defense", defense, "--model", "tiny"]
-    command += ["--port", "0", "--log", str(log), "--key-file", str(keys)]
+    command += ["--port", "0", "--log", str(log), "--key-file", str(keys), "--state", str(tmp_path / "state")]
     done = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
