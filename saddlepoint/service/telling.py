@@ -9,6 +9,8 @@ from saddlepoint.finetuning.plan import Event, Note, Saved, Step
 from saddlepoint.service.state import Lost
 from saddlepoint.service.task import Task
 
+_PARTS = {"train": "training", "valid": "validation", "full_valid": "full validation"}
+
 
 class Teller:
     """Tells a job's events as the training makes them, and when it will be done."""
@@ -17,15 +19,16 @@ class Teller:
         self.task = task
         self.first: tuple[int, float] | None = None  # the first step that this process told, and when
         self.estimated = 0.0  # when that was last told
+        self.rewards = task.job.method["type"] == "reinforcement"
 
     def __call__(self, event: Event) -> None:
         state, job = self.task.state, self.task.job.id
         if isinstance(event, Step):
-            state.event(job, said(event), type="metrics", data=numbers(event), key=f"step {event.step}")
+            state.event(job, said(event, self.rewards), type="metrics", data=numbers(event, self.rewards), key=f"step {event.step}")
             self._estimate(event)
         elif isinstance(event, Saved):
             manifest = self.task.blobs.put_folder(event.folder)
-            state.checkpoint(job, event.step, numbers(event.metrics), manifest, worker=self.task.worker)
+            state.checkpoint(job, event.step, numbers(event.metrics, self.rewards), manifest, worker=self.task.worker)
             self.task.blobs.put_folder(event.folder)  # the last other reference to one of them may have been deleted meanwhile
         elif isinstance(event, Note):
             state.event(job, event.message, level="warn", key=event.message)
@@ -40,14 +43,20 @@ class Teller:
                 self.task.state.learned(self.task.job.id, self.task.worker, estimated_finish=round(now + each * (step.steps - step.step)))
 
 
-def said(step: Step) -> str:
-    """The message of a step: `Step 300/300: training loss=0.15, validation loss=0.27, full validation loss=0.40`."""
-    losses = {"training": step.train_loss, "validation": step.valid_loss, "full validation": step.full_valid_loss}
-    shown = ", ".join(f"{name} loss={value:.2f}" for name, value in losses.items() if value is not None)
+def said(step: Step, rewards: bool = False) -> str:
+    """The message of a step: `Step 300/300: training loss=0.15, validation loss=0.27, full validation loss=0.40`.
+
+    Args:
+        rewards: Say the mean rewards of a training by reinforcement in place of the losses.
+    """
+    what, fields = ("reward", "accuracy") if rewards else ("loss", "loss")
+    found = {name: getattr(step, f"{kind}_{fields}") for kind, name in _PARTS.items()}
+    shown = ", ".join(f"{name} {what}={value:.2f}" for name, value in found.items() if value is not None)
     return f"Step {step.step}/{step.steps}: {shown}"
 
 
-def numbers(step: Step) -> dict[str, Any]:
-    """The data of a step, under the protocol's names."""
-    names = {"steps": "total_steps"} | {f"{kind}_accuracy": f"{kind}_mean_token_accuracy" for kind in ("train", "valid", "full_valid")}
+def numbers(step: Step, rewards: bool = False) -> dict[str, Any]:
+    """The data of a step, under the protocol's names; what a training by reinforcement has for accuracies are mean rewards."""
+    last = "reward_mean" if rewards else "mean_token_accuracy"
+    names = {"steps": "total_steps"} | {f"{kind}_accuracy": f"{kind}_{last}" for kind in _PARTS}
     return {names.get(name, name): value for name, value in asdict(step).items() if value is not None}
