@@ -33,6 +33,8 @@ def _plain(module: nn.Module) -> bool:
 def _forward(layer: Any, x: Tensor) -> Tensor:
     (name,) = layer.active_adapters
     base = layer.base_layer
+    if layer.disable_adapters:
+        return F.linear(x, base.weight, base.bias)
     made: Tensor = _LoRA.apply(x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])  # type: ignore[no-untyped-call]
     return made
 

@@ -108,6 +108,7 @@ class Learner:
             waiting = [pool.submit(job) for job in jobs]
             try:
                 for future in waiting:
+                    check()
                     while not wait([future], 0.1).done:
                         check()
                     yield future.result()
