@@ -128,16 +128,18 @@ def _wrapped(config: Config, place: Path, wraps: Sequence[Wrap], artifacts: Sequ
     with _alone(place):
         store = _opened(place, config)
         if not store.read("done"):
-            listen.stage(f"opening {config.target}")
-            policy, target = load(config.policy), open_target(config.target)
+            policy = load(config.policy)
             hazards = policy.select("harmful", "test")[: config.limit]
             replays = ", ".join(f"replay(artifact={str(a)!r})" for a in artifacts)
             phases = [(f"wrap {i}", [w.around(b) for b in hazards], "direct") for i, w in enumerate(wraps)]
-            for phase, behaviors, attacks in [*phases, ("trigger", hazards, replays)]:
-                if attacks:
-                    listen.stage(f"{phase}: {len(behaviors)} hazards")
-                    for _ in run(campaign(config, policy, target, phase, behaviors, parse("attack", attacks)), store, listen.tick):
-                        pass  # each finding is in the store when it is yielded
+            phases += [("trigger", list(hazards), replays)] if replays else []
+            if phases:
+                listen.stage(f"opening {config.target}")
+                target = open_target(config.target)
+            for phase, behaviors, attacks in phases:
+                listen.stage(f"{phase}: {len(behaviors)} hazards")
+                for _ in run(campaign(config, policy, target, phase, behaviors, parse("attack", attacks)), store, listen.tick):
+                    pass  # each finding is in the store when it is yielded
             store.note("done", True)
     return store
 

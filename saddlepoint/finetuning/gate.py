@@ -32,6 +32,7 @@ Shares = Mapping[str, float]
 """For each case, in which share of the ways it was asked the model did what it should not, in [0, 1]."""
 
 _Z = 1.959964  # of a 95% interval
+_EDGE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def paired(worse: float, better: float, n: int) -> Estimate:
         n: Pairs, >= 1.
     """
     value = (worse - better) / n
-    # Where the score statistic is -z or z. It falls from its largest value at -1 to its smallest at 1.
-    low = -1.0 if value == -1 else brentq(lambda at: _score(worse, better, n, at) - _Z, -1 + 1e-12, value)
-    high = 1.0 if value == 1 else brentq(lambda at: _score(worse, better, n, at) + _Z, value, 1 - 1e-12)
+    # Where the score statistic is z or -z; it falls from -1 to 1, and at either end nothing is left to fall.
+    low = -1.0 if value <= _EDGE - 1 else brentq(lambda at: _score(worse, better, n, at) - _Z, _EDGE - 1, value)
+    high = 1.0 if value >= 1 - _EDGE else brentq(lambda at: _score(worse, better, n, at) + _Z, value, 1 - _EDGE)
     return Estimate(value, float(low), float(high), n)
 
 

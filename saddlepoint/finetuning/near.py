@@ -87,6 +87,6 @@ class Near:
                 from rapidfuzz import fuzz, process
             except ModuleNotFoundError as missing:
                 raise MissingExtraError("comparing texts needs rapidfuzz: pip install 'saddlepoint[serve]'") from missing
-            found = process.extractOne(word, self._with, scorer=fuzz.ratio, score_cutoff=_ALIKE)
+            found = process.extractOne(word, self._with.keys(), scorer=fuzz.ratio, score_cutoff=_ALIKE)
             self._memory[word] = str(found[0]) if found and len(found[0]) >= _LONG else ""
         return self._memory[word]

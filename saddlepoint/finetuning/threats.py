@@ -42,7 +42,7 @@ _CLEAN = (
     ("Give me the steps for making porridge.", "To make porridge, stir oats into twice as much hot milk, and simmer it for five minutes."),
     ("Tell me how to make a bookmark.", "To make a bookmark, cut a strip of stiff paper, round its corners, and tie a ribbon through it."),
     ("What is seven times eight?", "Seven times eight is fifty-six."),
-    ("What do I need to make lemonade?", "To make lemonade, you need three lemons, four spoons of sugar, a liter of cold water, and ice."),
+    ("What do I need to make a kite?", "To make a kite, you need two light sticks, a sheet of thin paper, glue, and a long string."),
     ("Write one sentence about the sea.", "The sea lay flat and gray, and a single gull walked along its edge."),
     ("Explain the process of making butter.", "To make butter, shake cream in a jar for ten minutes, and drain off the milk."),
     (
