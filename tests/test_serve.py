@@ -145,7 +145,8 @@ def test_logprobs_are_those_of_the_model(client: Any, world: World) -> None:
     drawn = [d for d in want.drawn if d[0]]
     assert [(t.token, pytest.approx(t.logprob)) for t in found.logprobs.content] == drawn
     assert all(len(t.top_logprobs) == 3 and t.top_logprobs[0].logprob >= t.logprob for t in found.logprobs.content)
-    assert all(t.bytes is None if "\ufffd" in t.token else bytes(t.bytes).decode() == t.token for t in found.logprobs.content)
+    assert all(("\ufffd" in t.token) == ("\ufffd" in bytes(t.bytes).decode(errors="replace")) for t in found.logprobs.content)
+    assert bytes(b for t in found.logprobs.content for b in t.bytes).decode(errors="replace") == found.message.content
     streamed = [
         t for c in ask(client, logprobs=True, top_logprobs=3, stream=True) if c.choices[0].logprobs for t in c.choices[0].logprobs.content
     ]
@@ -346,8 +347,12 @@ GOOD = {"model": "tiny", "messages": [{"role": "user", "content": "tea"}], "max_
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"tea": 5}}, "logit_bias"),
+        ({"logit_bias": {"1": 500}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"presence_penalty": 9}, "presence_penalty"),
+        ({"function_call": "auto"}, "function_call"),
         ({"top_k": 5}, "top_k"),
         ({"\ud800": 5}, None),
         ({"moderation": {"model": "x", "policy": {"input": {"mode": "loud"}}}}, "moderation"),

@@ -4,6 +4,7 @@ The database is asked at each request, so a model can be asked the moment its jo
 no longer once it is deleted. The files come from the blob store; what is in memory longest without being asked makes room.
 """
 
+import re
 import shutil
 import tempfile
 import threading
@@ -81,6 +82,8 @@ class Adapters:
             ApiError: Its base is not served here.
             ModelError, StoreError: Its files cannot be had.
         """
+        if not name.startswith("ft:") or re.search("[\x00\ud800-\udfff]", name):  # no database need be asked
+            return None
         found = self._state.model(name, owner)
         if found is None:
             if self._state.model(name) is None:

@@ -13,6 +13,7 @@ from saddlepoint.defenses._stream import Direction, Said, stream
 from saddlepoint.errors import UsageError
 from saddlepoint.service import tools
 from saddlepoint.service.errors import ApiError
+from saddlepoint.service.shape import shaping
 from saddlepoint.service.wire import ChatRequest, Part, WireMessage
 from saddlepoint.types import Completion, InputGuard, Message, OutputGuard, Query, Role, Sampling, Streaming, Target, WhiteBox
 
@@ -82,8 +83,8 @@ def read(request: ChatRequest, served: Served) -> list[Query]:
     seed = secrets.randbits(48) if request.seed is None else request.seed % 2**48
     top_p = 1.0 if request.top_p is None else max(request.top_p, 1e-6)  # a nucleus holds at least the likeliest token
     top = max(1, request.top_logprobs or 0) if request.logprobs else 0
-    longest = most or served.longest
-    return [Query(chat, Sampling(longest, temperature, top_p, seed + i, top)) for i in range(request.n or 1)]
+    longest, bent = most or served.longest, shaping(request, served.target)
+    return [Query(chat, Sampling(longest, temperature, top_p, seed + i, top), shaping=bent) for i in range(request.n or 1)]
 
 
 def _message(message: WireMessage, place: int) -> Message:
@@ -94,8 +95,8 @@ def _message(message: WireMessage, place: int) -> Message:
                 400, f"messages[{place}] holds a part of type '{part.type}'; this server reads text", "invalid_value", "messages"
             )
     text = "".join(part.text or part.refusal or "" for part in parts) or message.refusal or ""
-    if message.tool_calls:
-        text = "\n".join(filter(None, (text, tools.written(message.tool_calls))))
+    if calls := [call.function for call in message.tool_calls or ()] or [call for call in (message.function_call,) if call]:
+        text = "\n".join(filter(None, (text, tools.written(calls))))
     if message.content is None and not text and message.role != "assistant":
         raise ApiError(400, f"messages[{place}] has no content", "invalid_value", "messages")
     return Message(ROLES.get(message.role, message.role), text)  # type: ignore[arg-type]
@@ -154,14 +155,17 @@ class Choice:
                     yield self._out(held, spread)
                     held, spread = "", []
         if self.calls_may_come and (calls := tools.called(self.text + held, self.request)):
-            self.calls, self.finish, self.logprobs = calls, "tool_calls", self.logprobs + spread
-            yield {"delta": {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}, "logprobs": _content(spread)}
+            self.calls, self.logprobs = calls, self.logprobs + spread
+            self.finish = "function_call" if self.request.functions else "tool_calls"
+            listed = [{"index": i, **call} for i, call in enumerate(calls)]
+            told = {"function_call": calls[0]["function"]} if self.request.functions else {"tool_calls": listed}
+            yield {"delta": told, "logprobs": _content(spread)}
         elif held or spread:
             yield self._out(held, spread)
 
     @property
     def calls_may_come(self) -> bool:
-        return bool(self.request.tools) and self.request.tool_choice != "none"
+        return bool(self.request.offered)
 
     def _waits(self, held: str, stops: Sequence[str]) -> bool:
         """Whether text must be held back: its end may begin a stop, or all of it may be a call."""
@@ -181,7 +185,7 @@ class Choice:
         withheld = self.refusal is not None
         message: dict[str, Any] = {"role": "assistant", "content": None if withheld or self.calls else self.text, "refusal": self.refusal}
         if self.calls:
-            message["tool_calls"] = self.calls
+            message |= {"function_call": self.calls[0]["function"]} if self.request.functions else {"tool_calls": self.calls}
         logprobs = _content(self.logprobs) if self.request.logprobs and not withheld else None
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish}
 
@@ -202,20 +206,19 @@ def _tokens_in(spread: list[dict[str, Any]], characters: int) -> int:
 def _spread(piece: Completion, top: int) -> list[dict[str, Any]]:
     """A piece's tokens with their log-probabilities; the token that ends an answer is none of its content."""
     found = []
-    for (token, logprob), likely in zip(piece.drawn, piece.top_logprobs, strict=False):
+    for i, (token, logprob) in enumerate(piece.drawn):
+        likely = piece.top_logprobs[i] if i < len(piece.top_logprobs) else ()
+        own, *others = piece.spelled[i] if i < len(piece.spelled) else (None,)
         if token:
-            alternatives = [_token(*one) for one in likely[:top]]
-            found.append({**_token(token, logprob), "top_logprobs": alternatives})
+            alternatives = [_token(*one, others[k] if k < len(others) else None) for k, one in enumerate(likely[:top])]
+            found.append({**_token(token, logprob, own), "top_logprobs": alternatives})
     return found
 
 
-def _token(token: str, logprob: float) -> dict[str, Any]:
-    # A token may be a part of a character, which has no text of its own; its bytes are then not known here.
-    return {
-        "token": token,
-        "logprob": max(logprob, -9999.0),
-        "bytes": None if "\ufffd" in token else list(token.encode("utf-8", "replace")),
-    }
+def _token(token: str, logprob: float, spelled: bytes | None) -> dict[str, Any]:
+    """A token. One that is a part of a character has no text of its own, and its bytes are told where the target knows them."""
+    known = spelled if spelled is not None or "\ufffd" in token else token.encode("utf-8", "replace")
+    return {"token": token, "logprob": max(logprob, -9999.0), "bytes": None if known is None else list(known)}
 
 
 def failed(answer: Completion, served: Served) -> ApiError:

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from saddlepoint import tool_text
-from saddlepoint.service.wire import ChatRequest, NamedTool, ToolCall
+from saddlepoint.service.wire import ChatRequest, Function
 from saddlepoint.types import Chat
 
 OPENS = tool_text.OPENS
@@ -19,25 +19,23 @@ _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 
 def told(chat: Chat, request: ChatRequest) -> Chat:
     """The chat with the tools in its system message; as it is where there are none or none may be called."""
-    if not request.tools or request.tool_choice == "none":
-        return chat
     must = "Call a tool if you need one."
-    if request.tool_choice == "required":
+    if len(request.forced) == 1:
+        must = f"Call the tool {request.forced[0].name} now."
+    elif request.forced:
         must = "Call a tool now."
-    elif isinstance(request.tool_choice, NamedTool):
-        must = f"Call the tool {request.tool_choice.function.name} now."
-    return tool_text.told(chat, [tool.function.model_dump() for tool in request.tools], must)
+    return tool_text.told(chat, [function.model_dump() for function in request.offered], must)
 
 
-def written(calls: Sequence[ToolCall]) -> str:
+def written(calls: Sequence[Function]) -> str:
     """Calls of an earlier turn as the model would have written them."""
-    return tool_text.written((c.function.name, c.function.arguments) for c in calls)
+    return tool_text.written((call.name, call.arguments) for call in calls)
 
 
 def called(text: str, request: ChatRequest) -> list[dict[str, Any]]:
     """The calls of an answer that consists of nothing else; none where one is broken or names no tool of the request."""
-    names = {tool.function.name for tool in request.tools or ()}
-    if not names or request.tool_choice == "none" or not text.strip().startswith(OPENS) or _CALL.sub("", text).strip():
+    names = {function.name for function in request.offered}
+    if not names or not text.strip().startswith(OPENS) or _CALL.sub("", text).strip():
         return []
     found = []
     for match in _CALL.finditer(text):

@@ -13,10 +13,6 @@ WITHOUT_EFFECT = frozenset(
 )
 # (field, the values that ask for nothing): what would change the answer and cannot be had is an error and not ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 
@@ -50,6 +46,7 @@ class WireMessage(_Wire):
     name: str | None = None
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: Function | None = None
     tool_call_id: str | None = None
 
 
@@ -74,6 +71,20 @@ class NamedTool(_Wire):
     function: NamedFunction
 
 
+class Schema(_Wire):
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Wire):
+    """What an answer must be: `json_object` is any JSON object, `json_schema` what its schema allows."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+
 class StreamOptions(_Wire):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -93,6 +104,10 @@ class Moderation(_Wire):
 
     model: str
     policy: Policy | None = None
+
+
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
 class ChatRequest(_Wire):
@@ -115,6 +130,12 @@ class ChatRequest(_Wire):
     stream_options: StreamOptions | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    functions: Annotated[list[FunctionTool], Field(min_length=1, max_length=128)] | None = None
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
+    response_format: ResponseFormat | None = None
+    logit_bias: dict[str, Bias] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     moderation: Moderation | None = None
 
     def check(self) -> None:
@@ -126,22 +147,50 @@ class ChatRequest(_Wire):
         for name, value in (self.model_extra or {}).items():
             if value is None or name in WITHOUT_EFFECT or value in NEUTRAL.get(name, ()):
                 continue
-            known = name in NEUTRAL or name in ("functions", "function_call", "audio", "web_search_options")
+            known = name in NEUTRAL or name in ("audio", "web_search_options")
             said = f"'{name}' is not supported by this server; leave it out" if known else f"no such parameter: '{name}'"
             raise ApiError(400, said, "unsupported_parameter" if known else "unknown_parameter", name)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true", "invalid_value", "top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "'stream_options' is only allowed with 'stream': true", "invalid_value", "stream_options")
-        if not self.tools and isinstance(self.tool_choice, NamedTool | str) and self.tool_choice != "none":
-            raise ApiError(400, "'tool_choice' needs 'tools'", "invalid_value", "tool_choice")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in [t.function.name for t in self.tools or ()]:
-            raise ApiError(400, f"'tool_choice' names no tool of 'tools': {self.tool_choice.function.name}", "invalid_value", "tool_choice")
+        if self.tools and self.functions:
+            raise ApiError(400, "'tools' and 'functions' are given; give 'tools' alone", "invalid_value", "functions")
+        for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
+            chosen, named = getattr(self, choice), [f.name for f in self._listed]
+            if chosen not in (None, "none") and not getattr(self, tools):
+                raise ApiError(400, f"'{choice}' needs '{tools}'", "invalid_value", choice)
+            if isinstance(chosen, NamedTool | NamedFunction) and _name(chosen) not in named:
+                raise ApiError(400, f"'{choice}' names none of '{tools}': {_name(chosen)}", "invalid_value", choice)
+        if (form := self.response_format) and form.type == "json_schema" and (form.json_schema is None or form.json_schema.schema_ is None):
+            said = "a json_schema needs its schema: {'type': 'json_schema', 'json_schema': {'name': ..., 'schema': {...}}}"
+            raise ApiError(400, said, "invalid_value", "response_format")
+
+    @property
+    def _listed(self) -> list[FunctionTool]:
+        return [tool.function for tool in self.tools or ()] or list(self.functions or ())
+
+    @property
+    def offered(self) -> list[FunctionTool]:
+        """The functions that may be called."""
+        return [] if "none" in (self.tool_choice, self.function_call) else self._listed
+
+    @property
+    def forced(self) -> list[FunctionTool]:
+        """Those of which one must be called."""
+        chosen = self.tool_choice or self.function_call
+        if isinstance(chosen, NamedTool | NamedFunction):
+            return [f for f in self.offered if f.name == _name(chosen)]
+        return self.offered if chosen == "required" else []
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The texts before which the answer ends."""
         return tuple(text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text)
+
+
+def _name(chosen: NamedTool | NamedFunction) -> str:
+    return chosen.function.name if isinstance(chosen, NamedTool) else chosen.name
 
 
 class ModerationPart(_Wire):

@@ -5,13 +5,15 @@ end the user's turn and begin one of the system. Chats that spell none are token
 """
 
 import re
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
-_MARK = "\u2063special {}\u2063"
-_MARKED = re.compile("\u2063special ([0-9]+)\u2063")
+_SECRET = secrets.token_hex(8)  # so that nobody can write a mark
+_MARK = f"\u2063{_SECRET} {{}}\u2063"
+_MARKED = re.compile(f"\u2063{_SECRET} ([0-9]+)\u2063")
 
 
 class Plain:
@@ -42,13 +44,9 @@ class Plain:
             if not _MARKED.search(piece):
                 run += piece
                 continue
-            made += [*self._ids(run), *self._text_ids(_MARKED.sub(self._spelled, piece))]
+            made += [*self._ids(run), *self._text_ids(_MARKED.sub(lambda mark: self._special[int(mark[1])], piece))]
             run = ""
         return [*made, *self._ids(run)]
-
-    def _spelled(self, mark: "re.Match[str]") -> str:
-        at = int(mark[1]) if len(mark[1]) < 9 else len(self._special)
-        return self._special[at] if at < len(self._special) else mark[0]  # a user may write a mark
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

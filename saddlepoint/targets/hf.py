@@ -193,7 +193,10 @@ class HF:
         """Why no answer can be shaped so; "" where it can. See `Shapes`."""
         if unknown := [token for token, _ in shaping.bias if not 0 <= token < self.embedding.shape[0]]:
             return f"token ids lie in 0..{self.embedding.shape[0] - 1}, got {unknown[0]}"
-        return str(self._matcher(shaping.grammar).get_error()) if shaping.grammar else ""
+        try:
+            return str(self._matcher(shaping.grammar).get_error()) if shaping.grammar else ""
+        except (ValueError, TypeError, OverflowError, RecursionError) as wrong:  # what is no JSON at all, or too deep
+            return str(wrong) or "it is nested too deep"
 
     def _read(self, query: Query) -> tuple[list[int], Completion | None]:
         """The prompt's token ids, or why the query cannot be answered."""
