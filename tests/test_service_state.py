@@ -1,21 +1,24 @@
 """The service's database as several servers and workers use it at once, on SQLite and on a real PostgreSQL."""
 
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("sqlalchemy")
-# ruff: noqa: E402
+pytest.importorskip("fsspec")
 from postgres import fresh_database, postgres
+from sqlalchemy import update
 
-from saddlepoint.service.records import File, Job, Part, Upload
+from saddlepoint.errors import StoreError, UsageError
+from saddlepoint.service.blobs import Blobs
+from saddlepoint.service.records import File, Job
 from saddlepoint.service.rows import Refused, fresh
+from saddlepoint.service.schema import NOTE, writing
 from saddlepoint.service.state import Lost, State
 
 SHA = "a" * 64
@@ -75,7 +78,7 @@ def said(state: State, id: str) -> list[str]:
 
 
 def test_a_job_that_succeeds(state: State) -> None:
-    state.outbox.subscribe({"http://localhost:1/hook": "whsec_"})
+    state.outbox.subscribe(["http://localhost:1/hook"])
     made = running(state, metadata={"k": "v"}, suffix="some")
     state.learned(made.id, "w", hyperparameters={"n_epochs": 3}, estimated_finish=99)
     assert state.job(made.id).method == {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}  # type: ignore[union-attr]
@@ -108,3 +111,289 @@ def test_a_job_that_succeeds(state: State) -> None:
         state.finish(made.id, "failed", worker="w", error={"code": "x", "message": "y", "param": None})
     with pytest.raises(Refused, match="cannot be cancelled"):
         state.cancel(made.id)
+
+
+def test_pause_and_cancel_reach_the_worker_at_its_next_beat(state: State) -> None:
+    made = running(state)
+    assert state.beat(made.id, "w", 60) == "go"
+    assert state.pause(made.id).status == "paused" and state.beat(made.id, "w", 60) == "pause"
+    with pytest.raises(Lost):
+        state.finish(made.id, "succeeded", worker="w", manifest={"a": SHA})
+    assert state.resume(made.id).status == "queued"
+    assert state.beat(made.id, "w", 60) == "pause" and state.claim("v", 60) is None  # it has to stop first
+    state.leave(made.id, "v"), state.leave(made.id, "w")
+    again = state.claim("v", 60)
+    assert again and again.status == "running" and again.claims == 2
+    with pytest.raises(Lost):
+        state.beat(made.id, "w", 60)
+    assert state.cancel(made.id).status == "cancelled" and state.beat(made.id, "v", 60) == "cancel"
+    state.leave(made.id, "v")
+    assert state.claim("u", 60) is None
+    assert said(state, made.id)[-3:] == ["The job has been paused", "The job has been resumed", "The job has been cancelled"]
+    state.event(made.id, "too late")
+    assert said(state, made.id)[-1] == "The job has been cancelled"
+
+
+def test_a_job_whose_worker_fell_silent_is_anothers(state: State) -> None:
+    made = running(state)
+    state.beat(made.id, "w", 0.2)
+    assert state.claim("v", 60) is None
+    time.sleep(0.3)
+    taken = state.claim("v", 60)
+    assert taken and taken.id == made.id and taken.claims == 2 and taken.status == "running"
+    for act in (
+        lambda: state.beat(made.id, "w", 60),
+        lambda: state.learned(made.id, "w", estimated_finish=1),
+        lambda: state.checkpoint(made.id, 1, {}, {"a": SHA}, worker="w"),
+        lambda: state.finish(made.id, "succeeded", worker="w", manifest={"a": SHA}),
+        lambda: state.held(made.id, "no", {}, worker="w", manifest={"a": SHA}),
+    ):
+        with pytest.raises(Lost):
+            act()
+    assert state.finish(made.id, "succeeded", worker="v", manifest={"a": SHA}).status == "succeeded"
+    assert said(state, made.id).count("Fine-tuning job started") == 1
+
+
+def test_a_worker_takes_what_it_is_for_and_the_oldest_first(state: State) -> None:
+    first, second = job(state), job(state)
+    assert state.claim("w", 60, ("queued", "running")) is None and state.claim("w", 60, bases=["other"]) is None
+    assert [state.claim("w", 60).id, state.claim("w", 60, bases=["tiny"]).id] == [first.id, second.id]  # type: ignore[union-attr]
+    assert state.claim("w", 60) is None
+
+
+def test_many_workers_get_every_job_once(place: str) -> None:
+    """Each through connections of its own, as processes have them."""
+    states = [State.open(place) for _ in range(4)]
+    training = file(states[0]).id
+    made = {job(states[0], training=training).id for _ in range(24)}
+    taken: list[str] = []
+    wrong: list[BaseException] = []
+
+    def work(state: State, name: str) -> None:
+        try:
+            while claimed := state.claim(name, 60):
+                taken.append(claimed.id)
+                if claimed.status == "validating_files":
+                    state.validated(claimed.id, name)
+                else:
+                    state.event(claimed.id, "working", key="working")
+                    state.finish(claimed.id, "succeeded", worker=name, manifest={"a": SHA})
+        except BaseException as error:
+            wrong.append(error)
+
+    _together([lambda state=state, i=i, k=k: work(state, f"w{i}.{k}") for i, state in enumerate(states) for k in range(2)])
+    assert wrong == [] and sorted(taken) == sorted([*made, *made])  # once to be checked, once to be trained
+    for id in made:
+        assert states[0].job(id).status == "succeeded" and said(states[0], id).count("working") == 1  # type: ignore[union-attr]
+    for state in states:
+        state.close()
+
+
+def test_an_end_comes_once_though_many_want_it(place: str) -> None:
+    states = [State.open(place) for _ in range(3)]
+    states[0].outbox.subscribe(["http://localhost:1/hook"])
+    for _ in range(8):
+        made = running(states[0])
+        ends: list[str] = []
+
+        def attempt(act: Any, name: str, ends: list[str] = ends) -> None:
+            try:
+                act()
+                ends.append(name)
+            except (Lost, Refused):
+                pass
+
+        _together(
+            [
+                lambda id=made.id: attempt(lambda: states[0].finish(id, "succeeded", worker="w", manifest={"a": SHA}), "succeeded"),
+                lambda id=made.id: attempt(lambda: states[1].cancel(id), "cancelled"),
+                lambda id=made.id: attempt(
+                    lambda: states[2].finish(id, "failed", worker="w", error={"code": "x", "message": "m", "param": None}), "failed"
+                ),
+            ]
+        )
+        assert len(ends) == 1 and states[0].job(made.id).status == ends[0]  # type: ignore[union-attr]
+        sent = states[0].outbox.due(60)
+        assert sent and json.loads(sent.body)["type"] == f"fine_tuning.job.{ends[0]}" and states[1].outbox.due(60) is None
+        assert (states[0].model(made.name) is not None) == (ends[0] == "succeeded")
+        states[0].leave(made.id, "w")
+    for state in states:
+        state.close()
+
+
+def test_quotas_hold_though_many_ask_at_once(place: str) -> None:
+    states = [State.open(place) for _ in range(4)]
+    training = file(states[0], size=0).id
+    kept: list[str] = []
+
+    def store(state: State, n: int) -> None:
+        for i in range(5):
+            try:
+                state.files.add(File(fresh("file-"), "me", 100, 1, "f", "batch", f"{n}{i}".ljust(64, "0")), quota=1000)
+                kept.append("file")
+            except Refused as wrong:
+                assert wrong.code == "exceeded_quota"
+            try:
+                job(state, training=training, most=7)
+                kept.append("job")
+            except Refused as wrong:
+                assert wrong.code == "exceeded_quota"
+
+    _together([lambda state=state, n=n: store(state, n) for n, state in enumerate(states)])
+    assert (kept.count("file"), kept.count("job")) == (10, 7) and states[0].files.stored("me") == 1000
+    for state in states:
+        state.close()
+
+
+def test_blobs_are_dropped_with_the_last_that_needs_them(state: State, dropped: list[str]) -> None:
+    shared, own = "c" * 64, "d" * 64
+    first, second = file(state, shared), file(state, shared)
+    assert state.files.delete(first.id, "me") and dropped == []
+    made = running(state, training=second.id)
+    with pytest.raises(Refused, match="needed by the job"):
+        state.files.delete(second.id)
+    for step in range(1, 6):
+        state.checkpoint(made.id, step, {}, {"config": shared, "weights": str(step) * 64}, worker="w")
+        state.checkpoint(made.id, step, {}, {"config": shared, "weights": "9" * 64}, worker="w")  # told again: nothing new
+    assert [c.step for c in state.checkpoints(made.id)] == [5, 4, 3] and sorted(dropped) == ["1" * 64, "2" * 64]
+    state.finish(made.id, "succeeded", worker="w", manifest={"config": shared, "weights": own})
+    assert state.files.delete(second.id) and not state.files.delete(second.id) and shared not in dropped
+    for checkpoint in state.checkpoints(made.id):
+        assert state.delete_model(checkpoint.name, "me")
+    assert sorted(dropped) == [str(step) * 64 for step in range(1, 6)]
+    assert not state.delete_model(made.name, "other") and state.delete_model(made.name, "me") and not state.delete_model(made.name)
+    assert sorted(dropped)[5:] == [shared, own]
+    with pytest.raises(Refused):
+        state.files.add(File(fresh("file-"), "me", 100, 1, "f", "batch", "e" * 64), quota=1)
+    assert dropped[-1] == "e" * 64  # it was put and is not needed
+
+
+def test_what_is_held_is_kept_until_it_is_released(state: State, dropped: list[str]) -> None:
+    made = running(state)
+    held = state.held(made.id, "ASR rose", {"asr": 0.4}, worker="w", manifest={"a": "f" * 64}, trained_tokens=3)
+    assert held.status == "failed" and held.error == {"code": "held", "message": "ASR rose", "param": None} and held.trained_tokens == 3
+    assert state.model(made.name) is None and dropped == []
+    released = state.release(made.id, "admin", "looked at")
+    assert released.status == "succeeded" and released.error is None and released.held is None and dropped == []
+    assert state.model(made.name).manifest == {"a": "f" * 64}  # type: ignore[union-attr]
+    with pytest.raises(Refused, match="holds no model back"):
+        state.release(made.id, "admin", "again")
+
+
+def test_webhooks_wait_until_they_are_received(state: State) -> None:
+    secrets = state.outbox.subscribe(["http://localhost:1/a", "http://localhost:1/b"])
+    assert state.outbox.subscribe(list(secrets)) == secrets and all(s.startswith("whsec_") for s in secrets.values())
+    state.cancel(job(state).id)
+    one, two = state.outbox.due(60), state.outbox.due(60)
+    assert one and two and one.url != two.url and one.id == two.id and one.secret == secrets[one.url] and state.outbox.due(60) is None
+    state.outbox.delivered(one)
+    state.outbox.again(two, -1)
+    again = state.outbox.due(0)
+    assert again and again.url == two.url and again.tries == 2  # whoever had it fell silent, so it is due at once
+    assert state.outbox.due(60).tries == 3  # type: ignore[union-attr]
+    state.outbox.again(two, -1)
+    state.outbox.subscribe([])
+    assert state.outbox.due(60) is None
+    with pytest.raises(UsageError, match="--webhook"):
+        state.outbox.subscribe(["file:///etc/passwd"])
+
+
+def test_a_database_is_made_once_and_of_one_version(place: str) -> None:
+    made: list[State] = []
+    _together([lambda: made.append(State.open(place))] * 6)
+    assert len(made) == 6
+    id = job(made[0]).id
+    assert all(state.job(id) for state in made)
+    with writing(made[0]._engine) as db:
+        db.execute(update(NOTE).values(value=99))
+    with pytest.raises(StoreError, match="schema 99"):
+        State.open(place)
+    for state in made:
+        state.close()
+
+
+def test_a_place_that_cannot_be_had_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for wrong, kind in (
+        (str(tmp_path / "file"), UsageError),
+        ("nosuchdialect://x", UsageError),
+        ("postgresql+pg8000://u:p@127.0.0.1:1/x", StoreError),
+    ):
+        with pytest.raises(kind):
+            State.open(wrong)
+    (tmp_path / "state.db").write_bytes(b"this is no database, but long enough to be read as one" * 100)
+    with pytest.raises(StoreError):
+        State.open(str(tmp_path))
+
+
+def _together(acts: list[Any]) -> None:
+    threads = [threading.Thread(target=act) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
+# ---- blobs
+
+
+@pytest.fixture(params=["folder", "memory"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    return Blobs(tmp_path / "files" if request.param == "folder" else f"memory://{tmp_path.name}")
+
+
+def test_a_blob_is_kept_once_under_its_hash(blobs: Blobs, tmp_path: Path) -> None:
+    data = b"x" * 3_000_000
+    (tmp_path / "big").write_bytes(data)
+    sha = hashlib.sha256(data).hexdigest()
+    assert blobs.put(data) == blobs.put(tmp_path / "big") == blobs.put(iter([data[:7], data[7:]])) == (sha, len(data))
+    assert blobs.has(sha) and b"".join(blobs.chunks(sha)) == data and blobs.open(sha).read(3) == b"xxx"
+    blobs.remove(sha), blobs.remove(sha)
+    assert not blobs.has(sha)
+    with pytest.raises(StoreError, match=sha):
+        blobs.open(sha)
+    for wrong in ("../../etc/passwd", "", "A" * 64, "a" * 63):
+        with pytest.raises(StoreError, match="SHA-256"):
+            blobs.has(wrong)
+
+
+def test_what_breaks_off_leaves_nothing(blobs: Blobs) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"some"
+        raise OSError("the line is dead")
+
+    with pytest.raises(OSError, match="dead"):
+        blobs.put(broken())
+    partial = f"{blobs._root}/partial"
+    assert blobs._fs.ls(partial) == []
+    blobs._fs.pipe(f"{partial}/of-a-process-that-was-killed", b"x")
+    blobs.sweep()
+    assert len(blobs._fs.ls(partial)) == 1
+    blobs.sweep(age=0)
+    assert blobs._fs.ls(partial) == []
+
+
+def test_a_folder_comes_back_wholly_or_not_at_all(blobs: Blobs, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "a").write_bytes(b"1")
+    (source / "deep" / "b").write_bytes(b"2")
+    manifest = blobs.put_folder(source)
+    assert set(manifest) == {"a", "deep/b"}
+    blobs.fetch(manifest, tmp_path / "out")
+    blobs.fetch(manifest, tmp_path / "out")
+    assert (tmp_path / "out" / "deep" / "b").read_bytes() == b"2"
+    blobs._fs.pipe(blobs._place(manifest["a"]), b"tampered with")
+    with pytest.raises(StoreError, match="damaged"):
+        blobs.fetch(manifest, tmp_path / "other")
+    for name in ("../a", "/etc/a", "deep/../../a", ""):
+        with pytest.raises(StoreError, match="names the file"):
+            blobs.fetch({name: manifest["deep/b"]}, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["files", "out", "source"], ["out", "source"])
+
+
+def test_a_place_for_files_that_cannot_be_had_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for wrong in ("nosuchprotocol://x", str(tmp_path / "file" / "below")):
+        with pytest.raises(UsageError, match="--files"):
+            Blobs(wrong)

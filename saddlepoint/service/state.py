@@ -50,7 +50,11 @@ class State:
             StoreError: It cannot be reached, or another version wrote it.
         """
         engine = connected(place)
-        prepare(engine)
+        try:
+            prepare(engine)
+        except BaseException:
+            engine.dispose()
+            raise
         return cls(engine, drop)
 
     def close(self) -> None:
