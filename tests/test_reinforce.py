@@ -1,20 +1,27 @@
 """Reinforcement by a grader: it raises the reward, it goes on exactly, and what cannot be graded is said."""
 
 import json
+import os
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest.importorskip("trl"), pytest.importorskip("rapidfuzz")
+pytest.importorskip("trl"), pytest.importorskip("rapidfuzz"), pytest.importorskip("fsspec")
 # ruff: noqa: E402
 import torch
 from safetensors.torch import load_file
+from service_place import TRAINER, Place, jsonl, placed
 
 from saddlepoint.errors import TrainingError, UsageError
 from saddlepoint.finetuning import reinforce
 from saddlepoint.finetuning.data import Record, check
 from saddlepoint.finetuning.plan import Saved, Spec, Step
+from saddlepoint.service.records import Job
+from saddlepoint.service.rows import fresh
 
 if TYPE_CHECKING:
     from saddlepoint.finetuning.plan import Event
@@ -114,3 +121,59 @@ def test_what_cannot_be_graded_is_said(tiny_folder: Path, tmp_path: Path) -> Non
         reinforce.train(spec(tiny_folder, grader={"type": "python", "source": "1", "name": "p"}), records(2), (), tmp_path / "out")
     with pytest.raises(UsageError, match="no items were given"):
         reinforce.train(spec(tiny_folder), (), (), tmp_path / "out")
+
+
+# ---- as a job
+
+
+@pytest.fixture
+def place(tiny_folder: Path, tmp_path: Path) -> Iterator[Place]:
+    """A service with a worker."""
+    with placed(tmp_path / "service", tiny_folder) as made:
+        worker = made.worker()
+        yield made
+        worker.stdin.close()  # type: ignore[union-attr]
+
+
+def begun(place: Place, file: str, epochs: int) -> Job:
+    """A job whose grader asks the base."""
+    judge = {"type": "score_model", "name": "j", "model": "tiny", "input": [{"role": "user", "content": "Score {{sample.output_text}}"}]}
+    grader = {"type": "multi", "name": "m", "graders": {"near": LETTERS, "liked": judge}, "calculate_output": "near + liked / 10"}
+    chosen = {"n_epochs": epochs, "batch_size": 2, "learning_rate_multiplier": "auto"}
+    asked = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": chosen}}
+    name = f"ft:tiny:local::{fresh('', 8)}"
+    return place.state.create(Job(fresh("ftjob-"), "me", int(time.time()), "tiny", "tiny", name, file, asked, chosen, 7))
+
+
+def items() -> bytes:
+    return jsonl([{"messages": [{"role": "user", "content": f"{q} {i}"}], "wanted": "tea and a cup"} for i, q in enumerate(QUESTIONS * 2)])
+
+
+def test_a_job_learns_by_a_grader(place: Place) -> None:
+    job = begun(place, place.file(items()), 1)
+    done = place.ended(job)
+    assert done.status == "succeeded" and done.fine_tuned_model == job.name, place.messages(job)
+    steps = place.steps(job)
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5] and all(0 < s["train_reward_mean"] < 1.2 for s in steps)
+    assert [m for m in place.messages(job) if m.startswith("Step 5/5: training reward=")]
+    assert [c.step for c in place.state.checkpoints(job.id)] == [5] and len(place.result(job)) == 5
+
+
+@pytest.mark.slow  # three processes that load torch and trl
+def test_a_job_survives_kill_9(place: Place, tmp_path: Path) -> None:
+    """Of two equal jobs one loses its trainer in the middle; both tell the same rewards and end with the same weights."""
+    file = place.file(items())
+    jobs = [begun(place, file, 2) for _ in range(2)]
+    place.ended(jobs[0])
+    place.until(lambda: len(place.steps(jobs[1])) >= 4)
+    for pid in place.running(TRAINER):
+        os.kill(pid, signal.SIGKILL)
+    assert [place.ended(job).status for job in jobs] == ["succeeded"] * 2
+    assert place.steps(jobs[0]) == place.steps(jobs[1]) and len(place.steps(jobs[0])) == 10
+    found = []
+    for job in jobs:
+        model = place.state.model(job.name)
+        assert model
+        place.blobs.fetch(model.manifest, tmp_path / job.id)
+        found.append(weights(tmp_path / job.id))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
