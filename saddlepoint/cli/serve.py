@@ -9,8 +9,9 @@ from saddlepoint.cli._common import group, say
 from saddlepoint.config import Config
 from saddlepoint.errors import MissingExtraError, UsageError
 from saddlepoint.loop import stacked
-from saddlepoint.policies import load
+from saddlepoint.policies import load as load_policy
 from saddlepoint.targets import open_target
+from saddlepoint.types import Target
 
 STACK = "hidden_text, classifier_guard"
 
@@ -50,18 +51,23 @@ def serve(
     webhook: Annotated[
         list[str], typer.Option(help="A URL that is told of the ends of jobs, several times for several; no other is told any more.")
     ] = [],  # noqa: B006
+    upstream: Annotated[
+        str, typer.Option(help="Another server generates: http://HOST:PORT/v1#MODEL, which loads LoRA adapters as vLLM does.")
+    ] = "",
     gate: Annotated[
         str, typer.Option(help="The policy by which fine-tuned models are tested; 'off' publishes them untested.")
     ] = "fictional",
 ) -> None:
     """Serve models behind their guards, and fine-tune them, over the protocol of OpenAI."""
     try:
+        from saddlepoint.service.adapters import Adapters
         from saddlepoint.service.app import Service, create
         from saddlepoint.service.blocks import BlockLog
         from saddlepoint.service.chat import Served
         from saddlepoint.service.gate import Keys, fresh_key
-        from saddlepoint.service.routing import Tuning
+        from saddlepoint.service.routing import Tuning, home
         from saddlepoint.service.server import listening, server
+        from saddlepoint.service.upstream import Upstream
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"serving needs {missing.name}: pip install 'saddlepoint[serve]'") from missing
     if no_key and key_file:
@@ -76,20 +82,28 @@ def serve(
     elif not no_key:
         key = fresh_key()
         keys = Keys.of({"generated": key})
-    served, bases = [], {}
-    for name, place in zip(names, target, strict=True):
-        say(f"opening {place}")
-        bare = open_target(place)
-        around = stacked(Config(target=place, defenses=defense, policy=policy), load(policy), bare)
-        served.append(Served(name, around, enforce, max_tokens, prefill))
-        if hasattr(bare, "adapted"):
-            bases[name] = place
-    tuning, secrets = None, dict[str, str]()
+    tuning, secrets, other = None, dict[str, str](), None
     if not no_tuning:
+        bases = {name: place for name, place in zip(names, target, strict=True) if _has_weights(place)}
         tuning = Tuning.at(state, files, bases, gate, max_file=max_file, quota=quota, most_jobs=max_jobs)
         secrets = tuning.state.outbox.subscribe(webhook)
+    if upstream:
+        if tuning is None or len(target) > 1:
+            raise UsageError("--upstream stands in for one --target, which is what jobs train on; give one, without --no-tuning")
+        other = Upstream(upstream.partition("#")[0], home(state) / "upstream")
+    served = []
+    for name, place in zip(names, target, strict=True):
+        say(f"opening {upstream or place}")
+        bare: Target = other.base(upstream.partition("#")[2]) if other else open_target(place)
+        around = stacked(Config(target=place, defenses=defense, policy=policy), load_policy(policy), bare)
+        served.append(Served(name, around, enforce, max_tokens, prefill))
+    adapters = None
+    if tuning:
+        how = (other.load, other.unload) if other else ()
+        adapters = Adapters(tuning.state, tuning.blobs, {one.name: one for one in served}, *how)
+    service = Service.of(served, adapters=adapters, log=BlockLog(log, log_texts))
     open_hosts = frozenset({host} if no_key else ())
-    app = create(Service.of(served, log=BlockLog(log, log_texts)), keys, rate, max_body, open_hosts=open_hosts, tuning=tuning)
+    app = create(service, keys, rate, max_body, open_hosts=open_hosts, tuning=tuning)
     at = sock.getsockname()
     shown = f"[{at[0]}]" if ":" in at[0] else at[0]
     for one in served:
@@ -99,6 +113,11 @@ def serve(
     for url, secret in secrets.items():
         print(f"webhook secret of {url}: {secret}", flush=True)
     server(app).run(sockets=[sock])
+
+
+def _has_weights(target: str) -> bool:
+    """Whether a target's weights lie here, so that it can be trained."""
+    return "://" not in target and not target.startswith(("inspect:", "agent:"))
 
 
 @blocks_app.command("export")

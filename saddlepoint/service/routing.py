@@ -52,14 +52,18 @@ class Tuning:
             UsageError: One cannot be had.
             StoreError: The database cannot be reached, or another version wrote it.
         """
-        own = user_data_path("saddlepoint") / "service"
-        folder = own if not state or "://" in state else Path(state)
         if "://" in state and not files:
             raise UsageError("--state is a database; say where files lie: --files FOLDER, or a URL of fsspec that all servers reach")
+        folder = home(state)
         place, files = state or str(folder), files or str(folder / "files")
         blobs = Blobs(files)
         worker = Setting(place, files, folder / "work", bases, gate).flags
         return cls(State.open(place, blobs.remove), blobs, bases, worker=(*worker, "--attached") if bases else (), **limits)
+
+
+def home(state: str) -> Path:
+    """The folder of a service on this machine: that of its database, or one of the user's where that is a URL or not given."""
+    return user_data_path("saddlepoint") / "service" if not state or "://" in state else Path(state)
 
 
 def owner(request: Request) -> str:
