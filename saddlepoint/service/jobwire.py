@@ -107,6 +107,9 @@ class JobRequest(Body):
             grader_types.read(method.reinforcement.grader)
         except UsageError as wrong:
             raise ApiError(400, str(wrong), "invalid_grader", "method.reinforcement.grader") from None
+        if method.reinforcement.response_format not in (None, {"type": "text"}):
+            said = "answers are sampled without a response_format here; leave it out, and let the grader read {{sample.output_json}}"
+            raise ApiError(400, said, "unsupported_parameter", "method.reinforcement.response_format")
         asked = method.reinforcement.model_dump(exclude_none=True)
         hyperparameters = _full(ReinforcementHyperparameters, method.reinforcement)
         return {"type": "reinforcement", "reinforcement": {**asked, "hyperparameters": hyperparameters}}
