@@ -13,7 +13,7 @@ from rich.table import Table
 from saddlepoint import models
 from saddlepoint.errors import UsageError
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)  # the names of tuned models hold colons
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; a new one under runs/ if not given.")]
