@@ -266,6 +266,10 @@ def test_blobs_are_dropped_with_the_last_that_needs_them(state: State, dropped: 
     with pytest.raises(Refused):
         state.files.add(File(fresh("file-"), "me", 100, 1, "f", "batch", "e" * 64), quota=1)
     assert dropped[-1] == "e" * 64  # it was put and is not needed
+    given_up = running(state)
+    state.checkpoint(given_up.id, 1, {}, {"weights": "8" * 64}, worker="w")
+    state.cancel(given_up.id)
+    assert dropped[-1] == "8" * 64 and state.checkpoints(given_up.id) == []
 
 
 def test_what_is_held_is_kept_until_it_is_released(state: State, dropped: list[str]) -> None:

@@ -370,6 +370,9 @@ class State:
         self._event(db, job.id, said, level)
         if status != "cancelled":
             values |= {"worker": "", "lease": 0.0}
+        if status != "succeeded" and not values.get("held"):  # nobody can ever call them
+            for checkpoint in db.execute(select(CHECKPOINT.c.id).where(CHECKPOINT.c.job == job.id)).scalars().all():
+                self._delete_checkpoint(db, checkpoint)
         announce(db, job.id, status)
         return self._update(db, job.id, status=status, finished_at=now, estimated_finish=None, **values)
 

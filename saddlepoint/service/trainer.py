@@ -39,11 +39,12 @@ def main() -> None:
 
     on_lifeline(ended)
     setting = Setting.of(given)
-    state = State.open(setting.state)
+    blobs = Blobs(setting.files)
+    state = State.open(setting.state, blobs.remove)
     job = state.job(given.job)
     if job is None:
         sys.exit(f"there is no job {given.job}")
-    task = Task(job, given.worker, setting, state, Blobs(setting.files), stop, patient)
+    task = Task(job, given.worker, setting, state, blobs, stop, patient)
     task.run(validate if job.status == "validating_files" else tune)
 
 

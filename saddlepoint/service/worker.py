@@ -26,6 +26,7 @@ from itertools import takewhile
 from typing import TypeVar
 
 from saddlepoint.errors import StoreError, UsageError
+from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.processes import AGAIN, GRACE, ask_to_end, how, kill, on_lifeline, start
 from saddlepoint.service.records import ACTIVE, Job, Status
 from saddlepoint.service.setting import OFF, Setting, parser
@@ -40,35 +41,39 @@ T = TypeVar("T")
 log = logging.getLogger("saddlepoint")
 
 
+def work(setting: Setting, state: State, lease: float, stopping: threading.Event) -> None:
+    """Work in all lanes until `stopping` is set; jobs that are under way are then saved and given back."""
+    with ThreadPoolExecutor(len(LANES)) as pool:
+        lanes = [pool.submit(Lane(setting, state, statuses, lease, stopping).run) for statuses in LANES]
+        wait(lanes, return_when=FIRST_EXCEPTION)
+        stopping.set()
+    for lane in lanes:
+        lane.result()
+
+
 @dataclass(eq=False)
-class Worker:
-    """Claims jobs and watches over their trainers.
+class Lane:
+    """Claims jobs, one after the other, and watches over their trainers.
 
     Args:
+        statuses: Of the jobs that it takes.
         lease: Seconds after which another worker may take a job that this one no longer renews.
-        name: Which no other process has, now or later.
         stopping: Set where it is to end.
+        name: Which no other lane has, of any worker, now or later.
     """
 
     setting: Setting
     state: State
-    lease: float = 15.0
+    statuses: Collection[Status]
+    lease: float
+    stopping: threading.Event
     name: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
-    stopping: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Work until `stopping` is set; jobs that are under way are then saved and given back."""
-        with ThreadPoolExecutor(len(LANES)) as pool:
-            lanes = [pool.submit(self._lane, statuses) for statuses in LANES]
-            wait(lanes, return_when=FIRST_EXCEPTION)
-            self.stopping.set()
-        for lane in lanes:
-            lane.result()
-
-    def _lane(self, statuses: Collection[Status]) -> None:
+        """Work until it is time to end."""
         self._patiently(self._sweep)
         while not self.stopping.is_set():
-            job = self._patiently(lambda: self.state.claim(self.name, self.lease, statuses, list(self.setting.bases)))
+            job = self._patiently(lambda: self.state.claim(self.name, self.lease, self.statuses, list(self.setting.bases)))
             if job is None:
                 self.stopping.wait(BEAT)
             else:
@@ -160,12 +165,12 @@ def main() -> None:
         except UsageError as wrong:
             arguments.error(str(wrong))
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    worker = Worker(Setting.of(given), State.open(given.state), given.lease)
+    stopping = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, lambda *_: worker.stopping.set())
+        signal.signal(sign, lambda *_: stopping.set())
     if given.attached:
-        on_lifeline(worker.stopping.set)
-    worker.run()
+        on_lifeline(stopping.set)
+    work(Setting.of(given), State.open(given.state), given.lease, stopping)
 
 
 if __name__ == "__main__":
