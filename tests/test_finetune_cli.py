@@ -200,7 +200,22 @@ def remote(finetune: Call, url: str, monkeypatch: pytest.MonkeyPatch) -> Call:
 
 def test_a_job_from_its_files_to_its_model(remote: Call) -> None:
     training, validation = write("train.jsonl", *map(row, range(12))), write("val.jsonl", row(50), row(51))
-    how = ("--suffix", "tea", "--seed", 7, "--epochs", 2, "--batch", 4, "--rate", 2, "--metadata", "who=me", "--metadata", "why=a=b")
+    how = (
+        "--suffix",
+        "tea",
+        "--seed",
+        7,
+        "--epochs",
+        2,
+        "--batch-size",
+        4,
+        "--learning-rate-multiplier",
+        2,
+        "--metadata",
+        "who=me",
+        "--metadata",
+        "why=a=b",
+    )
     said = remote("create", training, "--model", "tiny", "--validation", validation, *how)
     assert said.code == 0, said
     (id,) = re.findall(r"created (ftjob-\w+)", said.err)
@@ -234,6 +249,8 @@ def test_a_job_from_its_files_to_its_model(remote: Call) -> None:
     assert events[0]["message"] == f"Created fine-tuning job: {id}" and len([e for e in events if e["type"] == "metrics"]) == 6
     assert [e["message"] for e in events] == [line.partition("  ")[2] for line in remote("events", id).out.splitlines()]
     assert [e["message"] for e in events][-1] in remote("events", id, "--follow").out
+    followed = [json.loads(line) for line in remote("events", id, "--follow", "--json").out.splitlines()]
+    assert followed == [*events, job]
     checkpoints = json.loads(remote("checkpoints", id, "--json").out)
     assert [c["step_number"] for c in checkpoints] == [6, 3] and f"{model}:ckpt-step-3" in remote("checkpoints", id).out
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from saddlepoint.cli import _finetune_client as remote
 from saddlepoint.cli._common import Json, err, group, out, say
-from saddlepoint.errors import MissingExtraError, UsageError
+from saddlepoint.errors import MissingExtraError, ModelError, UsageError
 from saddlepoint.finetuning.data import LEAST, Format, check
 from saddlepoint.finetuning.summary import readable
 
@@ -22,14 +22,14 @@ app = group("Fine-tune: check a file here; create and watch jobs of `saddlepoint
 Url = Annotated[str, typer.Option("--url", envvar="OPENAI_BASE_URL", help="The server, up to /v1.")]
 Key = Annotated[str, typer.Option("--key", envvar="OPENAI_API_KEY", help="Its key.", show_default=False)]
 Job = Annotated[str, typer.Argument(help="The job's id, ftjob-...", show_default=False)]
-LOCAL = "http://127.0.0.1:8000/v1"
+LOCAL, BASE = "http://127.0.0.1:8000/v1", "smollm2-135m-instruct"
 
 
 @app.command("check")
 def finetune_check(
     file: Annotated[Path, typer.Argument(help="The training file: JSON Lines.", show_default=False)],
     validation: Annotated[Path | None, typer.Option(help="The validation file; leaks between the two are found.")] = None,
-    base: Annotated[str, typer.Option(help="Count by the tokenizer of this model; '' does not count.")] = "smollm2-135m-instruct",
+    base: Annotated[str, typer.Option(help="Count by the tokenizer of this model; '' does not count.")] = BASE,
     format: Annotated[str, typer.Option(help="chat, completion, preference or reinforcement; told from the file if not given.")] = "",
     price_file: Annotated[
         Path | None, typer.Option("--prices", help="TOML: train, input, output (per 1,000 tokens), longest, name.")
@@ -62,17 +62,21 @@ def finetune_check(
 
 
 def _counting(base: str) -> "HF | None":
-    """The model to count by."""
+    """The model to count by; None where none is asked for, or where the default one cannot be had."""
     if not base:
         return None
     try:
-        from saddlepoint.targets import open_target
-        from saddlepoint.targets.hf import HF
-    except ModuleNotFoundError as missing:
-        raise MissingExtraError(
-            f"counting tokens needs {missing.name}: pip install 'saddlepoint[local]', or check without: --base ''"
-        ) from None
-    found = open_target(base)
+        try:
+            from saddlepoint.targets import open_target
+            from saddlepoint.targets.hf import HF
+        except ModuleNotFoundError as missing:
+            raise MissingExtraError(f"counting tokens needs {missing.name}: pip install 'saddlepoint[local]'; or --base ''") from missing
+        found = open_target(base)
+    except (MissingExtraError, ModelError) as wrong:
+        if base != BASE:
+            raise
+        say(f"tokens are not counted: {wrong}")
+        return None
     if not isinstance(found, HF):
         raise UsageError(f"'{base}' has no tokenizer and weights here; give an embedded model, hf:ORG/NAME or a folder, or --base ''")
     return found
@@ -86,8 +90,8 @@ def finetune_create(
     suffix: Annotated[str, typer.Option(help="Becomes a part of the tuned model's name.")] = "",
     method: Annotated[str, typer.Option(help="supervised, dpo or reinforcement; told from the file if not given.")] = "",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the examples; the server's rule if not given.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Examples of a step; the server's rule if not given.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Learning rate multiplier; the server's rule if not given.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch-size", min=1, help="Examples of a step; the server's rule if not given.")] = None,
+    rate: Annotated[float | None, typer.Option("--learning-rate-multiplier", help="The server's rule if not given.")] = None,
     beta: Annotated[float | None, typer.Option(help="Of dpo; the server's rule if not given.")] = None,
     grader: Annotated[Path | None, typer.Option(help="Of reinforcement: a JSON file with the grader.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The server draws one if not given.")] = None,
@@ -221,7 +225,9 @@ def finetune_release(
 
 def _followed(client: Any, id: str, as_json: bool) -> None:
     job = remote.follow(client, id, as_json)
-    if not as_json:
+    if as_json:
+        print(job.model_dump_json())  # a line, as the events are
+    else:
         remote.show(job, as_json)
     if str(job.status) == "paused":  # which the client's own list of statuses lacks
         say(f"the job is paused; let it go on: saddlepoint finetune resume {id}")
