@@ -107,3 +107,50 @@ def bench_defenses(
         limit,
     )
     _write_bench(bench.bench(settings, out_folder, say), bench, out_folder, as_json)
+
+
+@app.command("finetune")
+def bench_finetune(
+    model: Annotated[str, typer.Option(help="An embedded model or a folder with a model.")] = "smollm2-135m-instruct",
+    data: Annotated[str, typer.Option(help="A JSONL file of chats; the last answer of each is trained on.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Chats in a step.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the chats.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each tool.")] = 3,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the JSON and the page.")] = Path("runs/bench-finetune"),
+    as_json: Json = False,
+) -> None:
+    """Measure fine-tuning beside trl's SFTTrainer with peft in one run: non-padding tokens per second, and the losses of both."""
+    try:
+        import trl  # noqa: F401
+
+        from saddlepoint.bench import finetune as bench
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(f"bench needs {missing.name}: pip install 'saddlepoint[train]'") from missing
+    settings = bench.Settings(model, dtype, data=data, batch=batch, epochs=epochs, seeds=tuple(range(seeds)))
+    _write_bench(bench.bench(settings, say), bench, out_folder, as_json)
+
+
+@app.command("serve")
+def bench_serve(
+    model: Annotated[str, typer.Option(help="An embedded model or a folder with a model.")] = "smollm2-135m-instruct",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "",
+    chats: Annotated[int, typer.Option(min=1, max=64, help="Chats that are answered at once.")] = 16,
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters that they are spread over.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each tool that count.")] = 5,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the JSON and the page.")] = Path("runs/bench-serve"),
+    as_json: Json = False,
+) -> None:
+    """Measure serving many adapters beside transformers' generate with peft in one run: tokens per second of concurrent chats."""
+    try:
+        import fastapi  # noqa: F401
+        import torch
+
+        from saddlepoint.bench import serve as bench
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(f"bench needs {missing.name}: pip install 'saddlepoint[local,serve]'") from missing
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = bench.Settings(model, dtype, device, chats, adapters, tokens, repeats=repeats)
+    _write_bench(bench.bench(settings, say), bench, out_folder, as_json)

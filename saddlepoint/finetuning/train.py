@@ -146,7 +146,11 @@ def train(
     if not training:
         raise UsageError("there is nothing to train on: no examples were given; give at least one")
     model = HF.load(spec.base)
-    lessons, checks = [encoded(model, r) for r in training], [encoded(model, r) for r in validation]
+    lessons = [encoded(model, r) for r in training]
+    try:
+        checks = [encoded(model, r) for r in validation]
+    except TrainingError as wrong:
+        raise TrainingError(str(wrong).replace(":", " of the validation examples:", 1)) from wrong
     run = hashlib.sha256(json.dumps([repr(spec), [[_key(e) for e in part] for part in (lessons, checks)]]).encode()).hexdigest()
     for left in folder.glob(".partial-*"):  # a checkpoint that was being written when the process was killed
         shutil.rmtree(left)
@@ -239,8 +243,7 @@ def _steps(
         check()
         if state.pending is None:
             epoch, at = divmod(state.step, each)
-            order = Random(f"{spec.seed}:{epoch}").sample(range(len(lessons)), len(lessons))
-            batch = [lessons[i] for i in order[at * spec.batch : (at + 1) * spec.batch]]
+            batch = [lessons[i] for i in order(spec, epoch, len(lessons))[at * spec.batch : (at + 1) * spec.batch]]
             gradient, loss, accuracy = _gradient(spec, learner, batch, state.weights, check)
             length = gradient.norm()
             if not (math.isfinite(loss) and torch.isfinite(length)):
@@ -260,6 +263,11 @@ def _steps(
         state.told.append(Step(state.step, steps, *state.pending, *numbers))
         state.pending = None
         yield state.told[-1]
+
+
+def order(spec: Spec, epoch: int, n: int) -> list[int]:
+    """In which order an epoch, from 0, takes the n examples."""
+    return Random(f"{spec.seed}:{epoch}").sample(range(n), n)
 
 
 def _optimizer(state: State) -> torch.optim.AdamW:
