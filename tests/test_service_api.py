@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -634,6 +635,43 @@ def test_an_administrator_releases_a_held_model_on_the_record(url: str, client: 
     record = next(e for e in events if e.message.startswith("The model was released"))
     assert record.data["released_by"] == "admin-ann" and record.data["reason"] == "looked at"  # type: ignore[index]
     assert httpx.post(at, json={"reason": "again"}, headers=head["admin-ann"]).json()["error"]["code"] == "invalid_state"
+
+
+# ---- webhooks
+
+
+def test_a_webhook_comes_again_until_it_is_received_and_the_client_verifies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saddlepoint.service.webhooks.FIRST", 0.1)
+    monkeypatch.setattr("saddlepoint.service.webhooks.LOOK", 0.05)
+    heard: list[tuple[bytes, dict[str, str]]] = []
+
+    class Hears(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append((self.rfile.read(int(self.headers["content-length"])), dict(self.headers)))
+            self.send_response({1: 500, 2: 302}.get(len(heard), 204))
+            self.send_header("location", "http://127.0.0.1:1/elsewhere")  # which is not gone to
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    hears = ThreadingHTTPServer(("127.0.0.1", 0), Hears)
+    threading.Thread(target=hears.serve_forever, daemon=True).start()
+    tuning = tuned(tmp_path)
+    (secret,) = tuning.state.outbox.subscribe([f"http://127.0.0.1:{hears.server_port}/hook"]).values()
+    with serving(tuning) as url, client_of(url) as client:
+        job = begun(client)
+        client.fine_tuning.jobs.cancel(job.id)
+        until = time.monotonic() + 20
+        while len(heard) < 3 and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert len(heard) == 3 and len({body for body, _ in heard}) == 1
+        event = client.webhooks.unwrap(heard[-1][0], heard[-1][1], secret=secret)
+        assert (event.type, event.data.id, event.object) == ("fine_tuning.job.cancelled", job.id, "event") and event.id.startswith("evt_")
+        with pytest.raises(openai.InvalidWebhookSignatureError):
+            client.webhooks.unwrap(heard[-1][0], heard[-1][1], secret="whsec_" + secret[10:] + secret[6:10])
+    hears.shutdown()
+    hears.server_close()
 
 
 # ---- odd requests
