@@ -161,3 +161,21 @@ def test_what_is_no_adapter_of_this_model_is_refused(base: HF, folders: list[Pat
     save_file(wrong, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="no adapter of this model"):
         base.adapted("other", tmp_path)
+
+
+def test_the_bench_measures_equal_work_by_every_tool(tiny_folder: Path) -> None:
+    pytest.importorskip("fastapi"), pytest.importorskip("aiohttp")
+    from saddlepoint.bench import serve as bench
+
+    settings = bench.Settings(str(tiny_folder), "float32", "cpu", chats=6, adapters=3, tokens=5, rank=4, repeats=2, threads=1)
+    said: list[str] = []
+    found = bench.bench(settings, said.append)
+    assert set(found["tools"]) == {*bench.PEERS, *bench.OURS} and all(len(t["seconds"]) == 2 for t in found["tools"].values())
+    assert all(tool["begin_alike"] == 1 for tool in found["tools"].values())  # in float32 all tools say the same
+    for ours in bench.OURS:
+        for peer, ratio in found["ratio"][ours].items():
+            each = [a / b for a, b in zip(found["tools"][peer]["seconds"], found["tools"][ours]["seconds"], strict=True)]
+            assert ratio["value"] == pytest.approx((each[0] * each[1]) ** 0.5) and ratio["low"] <= ratio["value"] <= ratio["high"]
+    json.dumps(found)
+    page = bench.page(found)
+    assert bench.table(found) in page and page.count("<svg") > 5 and "nan" not in page.lower() and len(said) == 10

@@ -114,7 +114,7 @@ class Answering:
                 continue
             if isinstance(event, Exception):
                 self.stop.set()
-                raise _told(event)
+                raise as_error(event)
             if event and not told and (event["delta"].get("content") or event["delta"].get("tool_calls")):
                 told = True
                 self.service.meters.first_token.observe(time.monotonic() - self.request.state.began)
@@ -174,7 +174,7 @@ def _line(chunk: dict[str, Any]) -> str:
     return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
 
 
-def _told(wrong: Exception) -> ApiError:
+def as_error(wrong: Exception) -> ApiError:
     """An exception of the work as an error of the protocol."""
     if isinstance(wrong, ApiError):
         return wrong

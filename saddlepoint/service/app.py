@@ -14,9 +14,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from saddlepoint import __version__
+from saddlepoint.errors import SaddlepointError
 from saddlepoint.service import completions, embeddings, files, graders, jobs, models, uploads
 from saddlepoint.service.adapters import Adapters
-from saddlepoint.service.answering import Answering
+from saddlepoint.service.answering import Answering, as_error
 from saddlepoint.service.background import living
 from saddlepoint.service.blocks import BlockLog
 from saddlepoint.service.chat import Answer, Choice, Served, moderated, read
@@ -107,6 +108,10 @@ def create(
     @app.exception_handler(Refused)
     async def refused(_: Request, wrong: Refused) -> Response:
         return ApiError(400, str(wrong), wrong.code, wrong.param).response
+
+    @app.exception_handler(SaddlepointError)
+    async def failed(_: Request, wrong: SaddlepointError) -> Response:
+        return as_error(wrong).response
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, wrong: HTTPException) -> Response:
