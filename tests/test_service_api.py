@@ -19,6 +19,7 @@ pytest.importorskip("fastapi"), pytest.importorskip("uvicorn"), pytest.importors
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx2")
 
+from saddlepoint.cli import main
 from saddlepoint.service.app import Service, create
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.chat import Served
@@ -745,3 +746,29 @@ def test_the_document_is_whole(url: str) -> None:
         document["paths"]
     )
     assert "multipart/form-data" in json.dumps(document["paths"]["/v1/files"]["post"])
+
+
+# ---- the command's flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--target", "a", "--model", "x", "--model", "y"], "1 --target and 2 --model"),
+        (["--target", "a", "--target", "a"], "each target needs one name"),
+        (["--state", "postgresql+pg8000://u@127.0.0.1:1/x"], "--files FOLDER"),
+        (["--state", "{}/file"], "--state"),
+        (["--state", "{}/state", "--files", "nosuchprotocol://x"], "--files nosuchprotocol://x"),
+        (["--state", "{}/state", "--webhook", "ftp://x"], "--webhook ftp://x"),
+        (["--no-tuning", "--upstream", "http://127.0.0.1:1/v1#m"], "--upstream stands in for one --target"),
+    ],
+)
+def test_wrong_flags_are_told_before_a_model_is_opened(
+    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("sys.argv", ["saddlepoint", "serve", "--port", "0", *(flag.format(tmp_path) for flag in flags)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and "opening" not in error, error

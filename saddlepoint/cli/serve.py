@@ -75,44 +75,44 @@ def serve(
     names = [*model, *target[len(model) :]]
     if len(model) > len(target) or len(set(names)) < len(names):
         raise UsageError(f"there are {len(target)} --target and {len(model)} --model; each target needs one name of its own")
-    sock = listening(host, port)  # before the models are opened, so that a port that is taken is told at once
-    keys, key = None, ""
-    if key_file:
-        keys = Keys.read(key_file)
-    elif not no_key:
-        key = fresh_key()
-        keys = Keys.of({"generated": key})
-    tuning, secrets, other = None, dict[str, str](), None
-    if not no_tuning:
-        bases = {name: place for name, place in zip(names, target, strict=True) if _has_weights(place)}
-        tuning = Tuning.at(state, files, bases, gate, max_file=max_file, quota=quota, most_jobs=max_jobs)
-        secrets = tuning.state.outbox.subscribe(webhook)
-    if upstream:
-        if tuning is None or len(target) > 1:
-            raise UsageError("--upstream stands in for one --target, which is what jobs train on; give one, without --no-tuning")
-        other = Upstream(upstream.partition("#")[0], home(state) / "upstream")
-    served = []
-    for name, place in zip(names, target, strict=True):
-        say(f"opening {upstream or place}")
-        bare: Target = other.base(upstream.partition("#")[2]) if other else open_target(place)
-        around = stacked(Config(target=place, defenses=defense, policy=policy), load_policy(policy), bare)
-        served.append(Served(name, around, enforce, max_tokens, prefill))
-    adapters = None
-    if tuning:
-        how = (other.load, other.unload) if other else ()
-        adapters = Adapters(tuning.state, tuning.blobs, {one.name: one for one in served}, *how)
-    service = Service.of(served, adapters=adapters, log=BlockLog(log, log_texts))
-    open_hosts = frozenset({host} if no_key else ())
-    app = create(service, keys, rate, max_body, open_hosts=open_hosts, tuning=tuning)
-    at = sock.getsockname()
-    shown = f"[{at[0]}]" if ":" in at[0] else at[0]
-    for one in served:
-        print(f"http://{shown}:{at[1]}/v1 serves '{one.name}' behind: {', '.join(reversed(one.guards)) or 'no defense'}", flush=True)
-    if key:
-        print(f"key: {key}", flush=True)
-    for url, secret in secrets.items():
-        print(f"webhook secret of {url}: {secret}", flush=True)
-    server(app).run(sockets=[sock])
+    with listening(host, port) as sock:  # before the models are opened, so that a port that is taken is told at once
+        keys, key = None, ""
+        if key_file:
+            keys = Keys.read(key_file)
+        elif not no_key:
+            key = fresh_key()
+            keys = Keys.of({"generated": key})
+        tuning, secrets, other = None, dict[str, str](), None
+        if not no_tuning:
+            bases = {name: place for name, place in zip(names, target, strict=True) if _has_weights(place)}
+            tuning = Tuning.at(state, files, bases, gate, max_file=max_file, quota=quota, most_jobs=max_jobs)
+            secrets = tuning.state.outbox.subscribe(webhook)
+        if upstream:
+            if tuning is None or len(target) > 1:
+                raise UsageError("--upstream stands in for one --target, which is what jobs train on; give one, without --no-tuning")
+            other = Upstream(upstream.partition("#")[0], home(state) / "upstream")
+        served = []
+        for name, place in zip(names, target, strict=True):
+            say(f"opening {upstream or place}")
+            bare: Target = other.base(upstream.partition("#")[2]) if other else open_target(place)
+            around = stacked(Config(target=place, defenses=defense, policy=policy), load_policy(policy), bare)
+            served.append(Served(name, around, enforce, max_tokens, prefill))
+        adapters = None
+        if tuning:
+            how = (other.load, other.unload) if other else ()
+            adapters = Adapters(tuning.state, tuning.blobs, {one.name: one for one in served}, *how)
+        service = Service.of(served, adapters=adapters, log=BlockLog(log, log_texts))
+        open_hosts = frozenset({host} if no_key else ())
+        app = create(service, keys, rate, max_body, open_hosts=open_hosts, tuning=tuning)
+        at = sock.getsockname()
+        shown = f"[{at[0]}]" if ":" in at[0] else at[0]
+        for one in served:
+            print(f"http://{shown}:{at[1]}/v1 serves '{one.name}' behind: {', '.join(reversed(one.guards)) or 'no defense'}", flush=True)
+        if key:
+            print(f"key: {key}", flush=True)
+        for url, secret in secrets.items():
+            print(f"webhook secret of {url}: {secret}", flush=True)
+        server(app).run(sockets=[sock])
 
 
 def _has_weights(target: str) -> bool:

@@ -203,7 +203,7 @@ def connected(place: str) -> Engine:
         sqlite = url.get_backend_name() == "sqlite"
         if not sqlite and url.password is None:  # PostgreSQL's own programs read it there too: a command line can be read by others
             url = url.set(password=os.environ.get("PGPASSWORD"))
-        engine = create_engine(url, pool_size=16, max_overflow=48, pool_pre_ping=not sqlite, connect_args={"timeout": 30} if sqlite else {})
+        engine = create_engine(url, pool_size=8, max_overflow=24, pool_pre_ping=not sqlite, connect_args={"timeout": 30} if sqlite else {})
     except (ArgumentError, ModuleNotFoundError) as wrong:
         said = f"{wrong}; give a folder or postgresql+pg8000://USER:PASSWORD@HOST:PORT/NAME (pip install 'saddlepoint[postgres]')"
         raise UsageError(f"--state: {said}") from None
