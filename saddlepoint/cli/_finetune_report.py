@@ -25,7 +25,7 @@ def show(found: Report) -> None:
         return
     _line(f"\nmethod {found.method}; by default {found.epochs} epoch(s) in batches of {found.batch}")
     if found.cost:
-        billed = f"{found.cost.tokens:,} tokens x {found.cost.epochs} epoch(s)"
+        billed = f"{found.cost.tokens:,} tokens of this tokenizer x {found.cost.epochs} epoch(s)"
         _line(f"cost by the prices of {found.cost.prices.name}: {found.cost.training:,.2f} for training ({billed}),")
         _line(f"  {found.cost.asking:,.2f} for asking the tuned model 1,000 such examples")
     if found.speed and found.seconds is not None:
