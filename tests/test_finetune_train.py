@@ -207,7 +207,7 @@ def test_loss_and_gradient_are_those_of_transformers_on_the_same_batch(spec: Spe
 
 def test_the_model_reads_packed_rows_and_says_so(learner: engine.Learner) -> None:
     assert learner.model.model.config._attn_implementation == packed.NAME
-    assert fuse(learner.wrapped) == 14  # seven linear layers in each of two blocks
+    assert fuse(learner.wrapped) == (14, 5)  # seven linear layers and two norms in each of two blocks, and the last norm
 
 
 def test_a_model_that_mixes_tokens_in_other_ways_reads_padded_rows(tiny_folder: Path) -> None:
