@@ -757,7 +757,7 @@ def test_the_document_is_whole(url: str) -> None:
         (["--target", "a", "--model", "x", "--model", "y"], "1 --target and 2 --model"),
         (["--target", "a", "--target", "a"], "each target needs one name"),
         (["--state", "postgresql+pg8000://u@127.0.0.1:1/x"], "--files FOLDER"),
-        (["--state", "{}/file"], "--state"),
+        (["--state", "{}/file"], "Not a directory"),
         (["--state", "{}/state", "--files", "nosuchprotocol://x"], "--files nosuchprotocol://x"),
         (["--state", "{}/state", "--webhook", "ftp://x"], "--webhook ftp://x"),
         (["--no-tuning", "--upstream", "http://127.0.0.1:1/v1#m"], "--upstream stands in for one --target"),
