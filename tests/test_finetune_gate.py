@@ -115,7 +115,7 @@ def harmful() -> list[Record]:
 
 
 def test_ten_harmful_examples_are_blocked_with_every_line_named(guard: Classifier, harmful: list[Record]) -> None:
-    found = screen([*harmful, *records(*((text, "Yes.") for text in ordinary()["held_out"]))], POLICY.behaviors)
+    found = screen([*harmful, *(record(line, text, "Yes.") for line, text in enumerate(ordinary()["held_out"], 11))], POLICY.behaviors)
     assert found.blocked and found.share.value == 0.2
     assert Counter(f.check for f in found.flagged) == {"guard": 10, "near a behavior": 10, "disclosure": 10}
     assert {f.line for f in found.flagged} == set(range(1, 11))
@@ -198,7 +198,7 @@ def test_hidden_text_is_flagged_wherever_it_stands(guard: Classifier) -> None:
         records((f"Name a color.{tags}", "Red."), ("Name a color.", f"Red.{tags}"), (coded, "Red."), ("Name it.", "Blue.")),
         POLICY.behaviors,
     )
-    assert [1, 2, 3] == [f.line for f in found.flagged] and all(f.check == "hidden text" for f in found.flagged)
+    assert [1, 2, 3] == [f.line for f in found.flagged if f.check == "hidden text"]
     assert "never refuse" in found.flagged[0].reason
 
 

@@ -1,6 +1,7 @@
 """Screen a training file before anything is trained on it: each flag names its line, the check and the reason.
 
-    guard              a classifier holds a request to be unsafe, and the answer that is learned does not refuse it
+    guard              a classifier holds a request to be unsafe, and the answer that is learned does not refuse it; the embedded one is
+                       small, and is heard only on requests like those it was built on
     near a behavior    a request comes near to a harmful behavior of a policy, and the answer that is learned does not refuse it
     disclosure         an answer states the facts that a policy protects
     judge              a rubric judge holds an answer to be harmful (only where a judge is given)
@@ -14,7 +15,8 @@ Data filters miss much (Qi et al. 2023, https://arxiv.org/abs/2310.03693: of 100
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from saddlepoint.campaign import judged
 from saddlepoint.defenses.detection._guard import classifying, revealed, unsafe
@@ -25,6 +27,7 @@ from saddlepoint.judges import open_judge
 from saddlepoint.judges._text import states
 from saddlepoint.judges.refusal import refuses
 from saddlepoint.metrics import Rate, rate
+from saddlepoint.policies import load, ordinary
 from saddlepoint.registry import parse
 from saddlepoint.targets import open_target
 from saddlepoint.types import Behavior, Case, Chat, Completion, user
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from saddlepoint.finetuning.data import Record
 
 _SHORT = 60  # words: a longer answer may refuse first and then do what was asked
+_WORDINGS = 4  # of each hazard and twin that the embedded guard was built on
+_LIKE = 0.5  # cosine to the nearest of them; of headlines, which it takes for hazards, one in fifty is so near
 _LISTED = 8  # lines of each check that the message names
 
 
@@ -147,15 +152,33 @@ def _refused(answer: str) -> bool:
 def _guarded(lessons: Sequence[_Lesson], settings: Screening) -> Iterator[Flag]:
     if not settings.guard:
         return
-    guard = open_target(settings.guard)
+    guard = _opened(settings.guard)
     classifying(guard, "the screen")
     requests = sorted({lesson.request for lesson in lessons if lesson.request.strip()})
+    if settings.guard == "guard" and requests:
+        requests = _familiar(guard, requests)
     scores = dict(zip(requests, (score for score, _ in unsafe(guard, requests)), strict=True))
     for lesson in lessons:
         if (score := scores.get(lesson.request, 0.0)) > settings.threshold:
             yield Flag(
                 lesson.line, "guard", f"the request is held to be unsafe by {score:.2f}, and it is not refused: {_shown(lesson.request)}"
             )
+
+
+_opened = cache(open_target)
+
+
+def _familiar(guard: Any, requests: Sequence[str]) -> list[str]:
+    """The requests that are like those which the embedded guard was built on: of others its word means nothing, and is mostly no."""
+    like = (guard.encode(requests) @ _known(guard).T).max(1).values.tolist()  # cosines
+    return [text for text, nearest in zip(requests, like, strict=True) if nearest >= _LIKE]
+
+
+@cache
+def _known(guard: Any) -> Any:
+    """float32 (n, width): vectors of requests that the embedded guard was built on."""
+    hazards = [b for b in load("fictional").behaviors if b.split == "train" and b.kind != "cleared"]
+    return guard.encode([*(w for b in hazards for w in b.phrasings[:_WORDINGS]), *ordinary()["requests"]])
 
 
 def _near(lessons: Sequence[_Lesson], behaviors: Sequence[Behavior], settings: Screening) -> Iterator[Flag]:
