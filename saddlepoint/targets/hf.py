@@ -58,6 +58,8 @@ class HF:
         self.compute = Compute()
         self._lock = threading.RLock()
         self._adapter: Adapter | None = None
+        self._begun: Decoding | None = None
+        self._beginning = threading.Lock()
         self._shares = bool(getattr(model, "_supports_attention_backend", False))
         self._near: Keys | None = None
         # Many enough that Python does not hold up the cores, few enough for the memory.
@@ -103,7 +105,7 @@ class HF:
         adapter = read(folder, self.model)
         made = HF(name, adapted(self.model, adapter), self.tokenizer)
         made._adapter, made._lock = adapter, self._lock
-        made.__dict__["_decoding"] = self._decoding
+        made._begun = self._decoding
         return made
 
     # ---- answering ----------------------------------------------------------------------------------------------
@@ -170,9 +172,11 @@ class HF:
         except Exception as wrong:  # what a template raises that refuses a chat is of any kind
             raise UsageError(f"the chat cannot be written as tokens: {wrong}") from wrong
 
-    @cached_property
+    @property
     def _decoding(self) -> Decoding:
-        return Decoding(self.model, self.ends, self._lock)
+        with self._beginning:  # the first streams may come at once, and must share one
+            self._begun = self._begun or Decoding(self.model, self.ends, self._lock)
+            return self._begun
 
     def _processors(self, query: Query, length: int) -> LogitsProcessorList:
         """What changes the scores before the arg-max: what the model's own configuration asks for, then the query's noise."""
