@@ -126,13 +126,14 @@ class Mixture:
         self._bare = model
         self._twin, self._layers = _twin(model, [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)])
         self._stacked: list[Adapter] = []
+        self._chosen: list[Adapter | None] = []  # whose masks are set
 
     def hold(self, adapters: Iterable[Adapter | None]) -> None:
         """Have these adapters ready. Others stay beside them while they are few, for stacking copies all of them."""
         wanted = list(dict.fromkeys(a for a in adapters if a is not None))
         if set(wanted) <= set(self._stacked) and len(self._stacked) <= 2 * len(wanted) + 1:
             return
-        self._stacked = wanted
+        self._stacked, self._chosen = wanted, []
         for name, layer in self._layers.items():
             own = [a.layers[name] for a in wanted if name in a.layers]
             layer.down = torch.cat([down for down, _ in own]) if own else None
@@ -140,8 +141,9 @@ class Mixture:
 
     def chosen(self, rows: Sequence[Adapter | None]) -> Any:
         """The model for a batch whose rows have these adapters, of those that are held, or none."""
-        if not any(rows):
-            return self._bare
+        if not any(rows) or list(rows) == self._chosen:
+            return self._twin if any(rows) else self._bare
+        self._chosen = list(rows)
         masks: dict[tuple[int, ...], Tensor | None] = {}
         alone = len(self._stacked) == 1 and all(rows)
         for name, layer in self._layers.items():
