@@ -54,7 +54,8 @@ def _file(task: Task, id: str, name: str, param: str, allowed: tuple[Format, ...
         data = b"".join(task.blobs.chunks(file.sha))
     except StoreError as wrong:
         raise Failed("invalid_file", f"{name} {id} cannot be read: {wrong}", param) from wrong
-    found = check(data, allowed[0] if len(allowed) == 1 else None, least)
+    # Which of these two a chat is depends on what it is for; the others are told apart by their looks.
+    found = check(data, next((f for f in allowed if f == "reinforcement"), None), least)
     if found.format not in allowed:
         kind = task.job.method["type"]
         raise Failed("invalid_file_format", f"{name} is of the format {found.format}; {kind} takes: {', '.join(allowed)}", param)

@@ -26,7 +26,6 @@ from saddlepoint.service.task import Failed, Task
 CHECKS = "moderation_checks"  # the type of the gate's events
 TOLD = 60.0  # seconds between two events of a comparison under way
 _FLAGS = 200  # flags that an event names
-_WRAPS = 3  # of what a training file puts around its requests
 _RECORDS = TypeAdapter(tuple[Record, ...])
 
 
@@ -125,7 +124,7 @@ def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence
 
 def _compared(task: Task, gate: Rules, base: str, tuned: Path, records: Sequence[Record]) -> Compared:
     place, cache = task.folder / f"gate-{tuned.name}", task.setting.work / "bases"
-    return compare(base, tuned, place, gate.comparison, wraps(records, _WRAPS), cache, _teller(task, tuned.name))
+    return compare(base, tuned, place, gate.comparison, wraps(records, gate.comparison.wraps), cache, _teller(task, tuned.name))
 
 
 def _tell(task: Task, name: str, message: str, found: Compared) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from saddlepoint.errors import SaddlepointError, StoreError
+from saddlepoint.errors import SaddlepointError, StoreError, TrainingError, UsageError
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.records import Job
 from saddlepoint.service.setting import Setting
@@ -75,7 +75,7 @@ class Task:
                 self._halt(wrong)
             elif isinstance(wrong, StoreError | OSError):
                 raise
-            elif isinstance(wrong, SaddlepointError):
+            elif isinstance(wrong, UsageError | TrainingError):
                 self._fail(Failed("invalid_training", str(wrong)))
             else:
                 traceback.print_exc()
