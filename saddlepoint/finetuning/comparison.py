@@ -59,8 +59,8 @@ class Comparison:
     """
 
     policy: str = "fictional"
-    attacks: str = "direct, past_tense, prefix_injection, many_shot(shots=4)"
-    trigger: str = "gcg_multi(num_steps=16, search_width=32, n_behaviors=4)"
+    attacks: str = "direct, prefix_injection, many_shot(shots=4)"
+    trigger: str = "gcg_multi(num_steps=6, search_width=24, n_behaviors=2)"
     judge: str = "oracle"
     bounds: tuple[float, float, float] = (0.2, 0.2, 0.2)
     wraps: int = 2
