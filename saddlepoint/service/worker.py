@@ -170,7 +170,8 @@ def main() -> None:
         signal.signal(sign, lambda *_: stopping.set())
     if given.attached:
         on_lifeline(stopping.set)
-    work(Setting.of(given), State.open(given.state), given.lease, stopping)
+    blobs = Blobs(given.files)
+    work(Setting.of(given), State.open(given.state, blobs.remove), given.lease, stopping)
 
 
 if __name__ == "__main__":
