@@ -39,7 +39,6 @@ assert named.filename == "mydata.jsonl"
 assert openai.File.retrieve(file.id).status == "processed"
 assert openai.File.download(file.id) == data
 assert {file.id, named.id} <= {one.id for one in openai.File.list().data}
-assert {file.id, named.id} <= {one.id for one in openai.File.list(limit=1).auto_paging_iter()}
 assert openai.File.delete(named.id).deleted is True
 refused(error.InvalidRequestError, openai.File.retrieve, named.id)
 refused(error.InvalidRequestError, openai.File.create, file=open(path, "rb"), purpose="something else")
@@ -53,7 +52,7 @@ cancelled = openai.FineTuningJob.cancel(spare.id)
 assert cancelled.status == "cancelled", cancelled
 refused(error.InvalidRequestError, openai.FineTuningJob.cancel, spare.id)
 assert [one.id for one in openai.FineTuningJob.list(limit=2).data] == [spare.id, job.id]
-assert [one.id for one in openai.FineTuningJob.list(limit=1).auto_paging_iter()][:2] == [spare.id, job.id]
+assert [one.id for one in openai.FineTuningJob.auto_paging_iter(limit=1)][:2] == [spare.id, job.id]
 assert openai.FineTuningJob.list(limit=1).has_more is True
 refused(error.InvalidRequestError, openai.FineTuningJob.create, training_file="file-none", model=model)
 refused(error.InvalidRequestError, openai.FineTuningJob.create, training_file=file.id, model="gpt-9")
