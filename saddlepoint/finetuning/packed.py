@@ -131,18 +131,18 @@ def _attend(
     layout: Layout = _now.layout
     n, width, shared = len(layout.lengths), layout.width, layout.shared
     scale = scaling or query.shape[-1] ** -0.5
-    # (1, heads, tokens, width) -> (examples, heads, longest, width). What is filled in stands behind an example: it sees but is not seen.
+    near, own = zip(*(torch.split(x[0], [shared, x.shape[2] - shared], dim=1) for x in (query, key, value)), strict=True)
+    # (heads, tokens, width) -> (examples, heads, longest, width). What is filled in stands behind an example: it sees but is not seen.
     q, k, v = (
-        _Spread.apply(x[0, :, shared:].transpose(0, 1), layout.at, n * width).view(n, width, x.shape[1], -1).transpose(1, 2)  # type: ignore[no-untyped-call]
-        for x in (query, key, value)
+        _Spread.apply(x.transpose(0, 1), layout.at, n * width).view(n, width, x.shape[0], -1).transpose(1, 2)  # type: ignore[no-untyped-call]
+        for x in own
     )
-    near = (key[0, :, :shared], value[0, :, :shared])
-    own = _causal(q, k, v, scale, near if shared else None)
-    made = [_Gather.apply(own.transpose(1, 2).reshape(n * width, own.shape[1], -1), layout.at)]  # type: ignore[no-untyped-call]
-    if shared:
-        first = _causal(query[:, :, :shared], key[:, :, :shared], value[:, :, :shared], scale)
-        made.insert(0, first[0].transpose(0, 1))
-    return torch.cat(made)[None], None
+    made = _causal(q, k, v, scale, (near[1], near[2]) if shared else None).transpose(1, 2)
+    rest = _Gather.apply(made.reshape(n * width, *made.shape[2:]), layout.at)  # type: ignore[no-untyped-call]
+    if not shared:
+        return rest[None], None
+    first = _causal(near[0][None], near[1][None], near[2][None], scale)[0].transpose(0, 1)
+    return torch.cat([first, rest])[None], None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, near: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -153,7 +153,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, near: tuple[Tensor, T
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != groups)
     q = (q * scale).reshape(n, groups, -1, width)  # query heads that read one key head are more rows of it
     scores = (q @ k.transpose(2, 3)).view(n, heads, m, m)
-    scores = scores.float().masked_fill(torch.ones(m, m, dtype=torch.bool, device=q.device).triu_(1), -torch.inf).view(n, groups, -1, m)
+    later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu_(1)
+    scores = scores.float().masked_fill_(later, -torch.inf).view(n, groups, -1, m)
     if near is None:
         return (scores.softmax(-1).to(v.dtype) @ v).view(n, heads, m, -1)
     c = near[0].shape[1]
