@@ -65,6 +65,7 @@ CHAT: list[tuple[str, str]] = [
     ("invalid_number", '{"x": ‹-Infinity, "messages": [' + ASKED + ", " + SAID + "]}"),
     ("invalid_number", '{"x": ‹1e999, "messages": [' + ASKED + ", " + SAID + "]}"),
     ("invalid_number", '{"x": ‹' + "9" * 5000 + ', "messages": [' + ASKED + ", " + SAID + "]}"),
+    ("invalid_number", '{"x": ‹-' + "9" * 309 + ', "messages": [' + ASKED + ", " + SAID + "]}"),
     ("lone_surrogate", '{"messages": [' + ASKED + ', {"role": "assistant", "content": ‹"\\ud83d"}]}'),
     ("too_deep", '{"x": ' + "[" * (DEPTH - 1) + "‹" + "[" * 100_000),
     # the shape of a line
@@ -174,6 +175,10 @@ def test_bare_quotes_and_trailing_commas_of_one_line_are_all_told() -> None:
     checked = found(marked.replace(MARK, ""))
     assert [(m.line, m.column, m.code) for m in checked.mistakes] == [(1, at + 1, "invalid_json") for at in columns]
 
+    # Where a text ends that holds bare quotes is a guess; what follows from a wrong one is not told.
+    inner = found('{"messages": [{"role": "user", "content": "{"a": [{"b": "c"}]}"}, ' + SAID + "]}")
+    assert [(m.column, m.code) for m in inner.mistakes] == [(45, "invalid_json")]
+
     spread_out = (
         json.dumps(chat(), indent=2).replace("Who wrote Hamlet?", 'Who wrote "Hamlet"?').replace('"You are Marv."', '"You are Marv.",')
     )
@@ -218,6 +223,7 @@ def test_files_that_are_wrong_as_a_whole(data: bytes, wanted: list[tuple[int, in
 def test_byte_order_mark_line_ends_and_odd_characters_are_no_mistake() -> None:
     rows = [chat(f"Line\u2028end {i} \U0001f600 é") for i in range(12)]
     checked = check(b"\xef\xbb\xbf" + lines(*rows).replace(b"\n", b"\r\n") + b"\r\n")
+    assert not found(lines(chat() | {"x": int("9" * 308)})).mistakes
     assert not checked.mistakes and [r.chat[1].text for r in checked.records] == [f"Line\u2028end {i} \U0001f600 é" for i in range(12)]
 
 

@@ -12,7 +12,7 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 DEPTH = 64  # levels of objects and lists
-DIGITS = 300  # of a whole number; more is infinite as a double
+DIGITS = 308  # of a whole number; one of more may be infinite as a double
 ABSENT = object()  # stands for a value that could not be read
 
 Path = tuple[str | int, ...]

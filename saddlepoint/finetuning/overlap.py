@@ -2,8 +2,8 @@
 
 System messages are left out, because the examples of a file often share one. Texts are compared in lower case with single spaces.
 Near examples are found without comparing all pairs: their sets of 5-character shingles are hashed to 32 minima in 8 bands, and
-only what shares a band is compared, with the first 8 of a band. Of two examples whose sets are alike by 0.9 (Jaccard), 9,998 pairs of 10,000 share one; by 0.8, 985
-of 1,000.
+only what shares a band is compared, with the first 8 of a band. Of two examples whose sets are alike by 0.9 (Jaccard), 9,998 pairs of
+10,000 share one; by 0.8, 985 of 1,000.
 
 Source: Broder 1997, "On the Resemblance and Containment of Documents", https://doi.org/10.1109/SEQUEN.1997.666900
 """
