@@ -159,6 +159,7 @@ def needs_weights(path: Path) -> bool:
         "saddlepoint.guard",
         "saddlepoint.saliency",
         "saddlepoint.bench._nanogcg",
+        "saddlepoint.bench._trl",
         "saddlepoint.training",
         "saddlepoint.reinforcement",
         "saddlepoint.finetuning.reinforce",
