@@ -126,32 +126,41 @@ class Mixture:
         self._bare = model
         self._twin, self._layers = _twin(model, [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)])
         self._stacked: list[Adapter] = []
-        self._chosen: list[Adapter | None] = []  # whose masks are set
+        self._stack: dict[str, tuple[Tensor, Tensor]] = {}
+        self._chosen: list[Adapter | None] = []  # the rows that the layers are set for
 
     def hold(self, adapters: Iterable[Adapter | None]) -> None:
         """Have these adapters ready. Others stay beside them while they are few, for stacking copies all of them."""
         wanted = list(dict.fromkeys(a for a in adapters if a is not None))
         if set(wanted) <= set(self._stacked) and len(self._stacked) <= 2 * len(wanted) + 1:
             return
-        self._stacked, self._chosen = wanted, []
-        for name, layer in self._layers.items():
-            own = [a.layers[name] for a in wanted if name in a.layers]
-            layer.down = torch.cat([down for down, _ in own]) if own else None
-            layer.up = torch.cat([up for _, up in own], dim=1) if own else None
+        self._stacked, self._stack, self._chosen = wanted, {}, []
+        for name in self._layers:
+            if own := [a.layers[name] for a in wanted if name in a.layers]:
+                self._stack[name] = torch.cat([down for down, _ in own]), torch.cat([up for _, up in own], dim=1)
 
     def chosen(self, rows: Sequence[Adapter | None]) -> Any:
         """The model for a batch whose rows have these adapters, of those that are held, or none."""
-        if not any(rows) or list(rows) == self._chosen:
-            return self._twin if any(rows) else self._bare
-        self._chosen = list(rows)
-        masks: dict[tuple[int, ...], Tensor | None] = {}
-        alone = len(self._stacked) == 1 and all(rows)
+        if not any(rows):
+            return self._bare
+        if list(rows) != self._chosen:
+            self._chosen = list(rows)
+            if rows[0] is not None and len(set(rows)) == 1:  # such as a prompt: only its own ranks
+                for name, layer in self._layers.items():
+                    layer.down, layer.up = rows[0].layers.get(name, (None, None))
+                    layer.mask = None
+            else:
+                self._mix(rows)
+        return self._twin
+
+    def _mix(self, rows: Sequence[Adapter | None]) -> None:
+        masks: dict[tuple[int, ...], Tensor] = {}
         for name, layer in self._layers.items():
+            layer.down, layer.up = self._stack.get(name, (None, None))
             if layer.down is None:
                 continue
             ranks = tuple(len(a.layers[name][0]) if name in a.layers else 0 for a in self._stacked)
             if ranks not in masks:
                 mine = torch.tensor([[row is a for a in self._stacked] for row in rows], dtype=layer.down.dtype, device=layer.down.device)
-                masks[ranks] = None if alone else mine.repeat_interleave(torch.tensor(ranks, device=mine.device), 1)[:, None]
+                masks[ranks] = mine.repeat_interleave(torch.tensor(ranks, device=mine.device), 1)[:, None]
             layer.mask = masks[ranks]
-        return self._twin
