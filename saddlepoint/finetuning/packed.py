@@ -50,15 +50,15 @@ class Layout:
 def parts(batch: Sequence[Encoded], streams: int = 1) -> list[list[Encoded]]:
     """A batch cut into parts of at most `PART` tokens, or of one example, that `streams` may compute side by side.
 
-    Examples that begin alike come together; so the order of a batch is not kept.
+    Examples that begin alike come together; so the order of a batch is not kept. Of many streams each takes less, for the memory.
     """
     ordered = sorted(batch, key=lambda e: e.ids)
-    tokens = sum(len(e.ids) for e in ordered)
-    share = -(-tokens // (streams * max(1, -(-tokens // (streams * PART)))))
+    tokens, most = sum(len(e.ids) for e in ordered), min(PART, max(1, 4 * PART // streams))
+    share = -(-tokens // (streams * max(1, -(-tokens // (streams * most)))))
     made: list[list[Encoded]] = []
     room = 0
     for example in ordered:
-        if room <= 0 or (made and sum(len(e.ids) for e in made[-1]) + len(example.ids) > PART):
+        if room <= 0 or (made and sum(len(e.ids) for e in made[-1]) + len(example.ids) > most):
             made.append([])
             room = share
         made[-1].append(example)

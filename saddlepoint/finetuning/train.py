@@ -159,7 +159,7 @@ def train(
     if state is None:
         weights = torch.cat([p.detach().float().flatten() for p in learner.working])
         state = State(weights, torch.zeros_like(weights), torch.zeros_like(weights))
-        cut = sum(len(e.ids) >= context(model) for e in lessons)
+        cut = sum(max(len(e.ids), len(e.rejected.ids) if e.rejected else 0) >= context(model) for e in lessons)
         if cut:
             tell(Note(f"{cut} of {len(lessons)} examples fill the context of {context(model)} tokens; what lies beyond is cut off"))
     saved, cost = time.monotonic(), 0.0
