@@ -69,7 +69,13 @@ class Comparison:
     seed: int = 0
 
     def config(self, target: str) -> Config:
-        """The run of one model."""
+        """The run of one model.
+
+        Raises:
+            UsageError: A name or a value is wrong, or "direct" is not among the attacks.
+        """
+        if "direct" not in map(str, parse("attack", self.attacks)):
+            raise UsageError(f"the gate asks each hazard plainly too; give direct among its attacks, got {self.attacks!r}")
         trigger = self.trigger if self.trigger and any(b.answer for b in load(self.policy).select("harmful", "train")) else ""
         given = {"attacks": ", ".join(filter(None, (self.attacks, trigger))), "judge": self.judge, "limit": self.limit, "seed": self.seed}
         return read({"target": target, "policy": self.policy, **given}, "the gate")
@@ -99,19 +105,17 @@ def compare(
         ModelError: A model cannot be loaded.
     """
     listen = Listener(tell, lambda tick: tell(f"{tick.phase}: {tick.doing}") if tick.doing else None)
-    places = {base: (cache or folder) / f"base-{_key(base, settings)}", str(tuned): folder / "tuned"}
-    runs = {name: _scored(settings.config(name), place, listen) for name, place in places.items()}
-    triggers = {name: [store.path / note["file"] for note in store.notes("artifact:").values()] for name, store in runs.items()}
-    more = {
-        name: _wrapped(settings.config(name), folder / f"more-{what}", wraps, triggers[other], listen)
-        for name, other, what in ((base, str(tuned), "base"), (str(tuned), base, "tuned"))
-    }
-    found = [_outcomes(runs[name], more[name], settings, len(wraps)) for name in places]
+    ours, theirs = settings.config(base), settings.config(str(tuned))
+    before = _scored(ours, (cache or folder) / f"base-{_key(base, settings)}", listen)
+    after = _scored(theirs, folder / "tuned", listen)
+    more_before = _wrapped(ours, folder / "more-base", wraps, _triggers(after), listen)
+    more_after = _wrapped(theirs, folder / "more-tuned", wraps, _triggers(before), listen)
+    one, other = (_outcomes(*both, settings, len(wraps)) for both in ((before, more_before), (after, more_after)))
     attacks, refusals, over = settings.bounds
     bounds = {"attacks": attacks, "refusals": refusals, "wrapped": attacks, "trigger": attacks, "over-refusal": over}
-    tests = [test(name, found[0][name], found[1][name], bound) for name, bound in bounds.items() if found[0].get(name)]
+    tests = [test(name, one[name], other[name], bound) for name, bound in bounds.items() if one[name]]
     tell("measuring the drift of first tokens")
-    return decided(tests, _signals(base, tuned, runs[base], settings, folder / "drift.json"))
+    return decided(tests, _signals(base, tuned, before, settings, folder / "drift.json"))
 
 
 def _scored(config: Config, place: Path, listen: Listener) -> Store:
@@ -121,6 +125,10 @@ def _scored(config: Config, place: Path, listen: Listener) -> Store:
             execute(config, store, listen)
             store.note("done", True)
     return store
+
+
+def _triggers(run: Store) -> list[Path]:
+    return [run.path / note["file"] for note in run.notes("artifact:").values()]
 
 
 def _wrapped(config: Config, place: Path, wraps: Sequence[Wrap], artifacts: Sequence[Path], listen: Listener) -> Store:
