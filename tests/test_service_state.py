@@ -371,10 +371,21 @@ def test_what_breaks_off_leaves_nothing(blobs: Blobs) -> None:
     partial = f"{blobs._root}/partial"
     assert blobs._fs.ls(partial) == []
     blobs._fs.pipe(f"{partial}/of-a-process-that-was-killed", b"x")
-    blobs.sweep()
+    blobs.sweep(blobs.remove)
     assert len(blobs._fs.ls(partial)) == 1
-    blobs.sweep(age=0)
+    blobs.sweep(blobs.remove, age=0)
     assert blobs._fs.ls(partial) == []
+
+
+def test_what_nothing_refers_to_is_swept(blobs: Blobs, tmp_path: Path) -> None:
+    state = State.open(str(tmp_path / "state"), blobs.remove)
+    kept, orphan = blobs.put(b"kept")[0], blobs.put(b"orphan")[0]
+    file(state, kept)
+    blobs.sweep(state.files.forget)
+    assert blobs.has(orphan)  # it may be about to be referred to
+    blobs.sweep(state.files.forget, age=0)
+    assert blobs.has(kept) and not blobs.has(orphan)
+    state.close()
 
 
 def test_a_folder_comes_back_wholly_or_not_at_all(blobs: Blobs, tmp_path: Path) -> None:

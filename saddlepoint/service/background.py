@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 
@@ -14,6 +15,7 @@ from saddlepoint.service.routing import Tuning
 
 WORKER = "saddlepoint.service.worker"
 SWEEP = 60.0  # seconds between two looks for what has expired
+ORPHANS = 6 * 3600.0  # and between two looks for what killed processes left
 
 log = logging.getLogger("saddlepoint")
 
@@ -39,10 +41,13 @@ def living(tuning: Tuning) -> Callable[[FastAPI], AbstractAsyncContextManager[No
 
 
 async def _sweeping(tuning: Tuning) -> None:
+    shelf, looked = tuning.state.files, -ORPHANS
     while True:
         try:
-            await asyncio.to_thread(tuning.state.files.sweep)
-            await asyncio.to_thread(tuning.blobs.sweep)
+            await asyncio.to_thread(shelf.sweep)
+            if time.monotonic() - looked > ORPHANS:
+                looked = time.monotonic()
+                await asyncio.to_thread(tuning.blobs.sweep, shelf.forget)
         except (SaddlepointError, OSError) as wrong:
             log.error("what has expired stays for now: %s", wrong)
         await asyncio.sleep(SWEEP)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -101,12 +101,21 @@ class Blobs:
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._place(sha))
 
-    def sweep(self, age: float = 24 * 3600) -> None:
-        """Remove what was being put by processes that were killed, once it is `age` seconds old."""
-        for path in self._fs.ls(f"{self._root}/partial", detail=False):
-            if (datetime.now(UTC) - self._fs.modified(path)).total_seconds() > age:
-                with suppress(FileNotFoundError):
+    def sweep(self, forget: Callable[[str], None], age: float = 24 * 3600) -> None:
+        """Remove what processes left that were killed: what they were just putting, and what nothing came to refer to.
+
+        Args:
+            forget: Removes a blob unless something refers to it: `Shelf.forget`.
+            age: Seconds after which something is looked at.
+        """
+        for path in self._fs.find(self._root):
+            with suppress(FileNotFoundError):
+                if (datetime.now(UTC) - self._fs.modified(path)).total_seconds() < age:
+                    continue
+                if path.rpartition("/")[0].endswith("/partial"):
                     self._fs.rm_file(path)
+                else:
+                    forget(path.rpartition("/")[2])
 
     def put_folder(self, folder: Path) -> Manifest:
         """Keep every file of a folder: their relative paths with the SHA-256 of each."""

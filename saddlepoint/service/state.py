@@ -13,21 +13,19 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, Row, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Engine, Row, delete, exists, func, insert, or_, select, update
 
-from saddlepoint.errors import SaddlepointError
-from saddlepoint.service.outbox import Outbox, announce
-from saddlepoint.service.records import ACTIVE, Checkpoint, File, Job, JobEvent, Manifest, Model, Status
-from saddlepoint.service.rows import Refused, add, disuse, first, fresh, of, page, put, record, use
+from saddlepoint.service import life
+from saddlepoint.service.life import Lost
+from saddlepoint.service.outbox import Outbox
+from saddlepoint.service.records import ACTIVE, Checkpoint, Job, JobEvent, Manifest, Model, Status
+from saddlepoint.service.rows import Refused, add, disuse, first, fresh, of, page, record, use
 from saddlepoint.service.schema import CHECKPOINT, EVENT, FILE, JOB, LABEL, MODEL, clock, connected, prepare, reading, writing
 from saddlepoint.service.shelf import Shelf, alive
 
 Wish = Literal["go", "cancel", "pause"]
 KEPT = 3  # checkpoints of a job
-
-
-class Lost(SaddlepointError):
-    """The job is no longer this worker's: its lease ran out, or the job was ended or paused. Stop working on it."""
+__all__ = ["Lost", "State", "Wish"]
 
 
 class State:
@@ -84,9 +82,9 @@ class State:
             add(db, JOB, job)
             for key, value in (job.metadata or {}).items():
                 db.execute(insert(LABEL).values(job=job.id, key=key, value=value))
-            self._event(db, job.id, f"Created fine-tuning job: {job.id}")
+            life.tell(db, job.id, f"Created fine-tuning job: {job.id}")
             files = job.training_file + (f" and validation file: {job.validation_file}" if job.validation_file else "")
-            self._event(db, job.id, f"Validating training file: {files}")
+            life.tell(db, job.id, f"Validating training file: {files}")
         return job
 
     def job(self, id: str, owner: str | None = None) -> Job | None:
@@ -128,10 +126,10 @@ class State:
             Refused: It has ended.
         """
         with writing(self._engine, alone=True) as db:
-            job = self._locked(db, id)
+            job = life.locked(db, id)
             if job.status not in ACTIVE:
                 raise Refused(f"the job {id} has {_ended(job.status)} and cannot be cancelled", "invalid_state")
-            return self._end(db, job, "cancelled", "The job has been cancelled")
+            return life.end(db, self._drop, job, "cancelled", "The job has been cancelled")
 
     def pause(self, id: str) -> Job:
         """Halt a job; whatever trains it saves its state and stops.
@@ -140,11 +138,11 @@ class State:
             Refused: It has ended or is paused.
         """
         with writing(self._engine) as db:
-            job = self._locked(db, id)
+            job = life.locked(db, id)
             if job.status not in ACTIVE or job.status == "paused":
                 raise Refused(f"the job {id} has {_ended(job.status)} and cannot be paused", "invalid_state")
-            self._event(db, id, "The job has been paused")
-            return self._update(db, id, status="paused")
+            life.tell(db, id, "The job has been paused")
+            return life.changed(db, id, status="paused")
 
     def resume(self, id: str) -> Job:
         """Let a paused job go on.
@@ -153,11 +151,11 @@ class State:
             Refused: It is not paused.
         """
         with writing(self._engine) as db:
-            job = self._locked(db, id)
+            job = life.locked(db, id)
             if job.status != "paused":
                 raise Refused(f"the job {id} has {_ended(job.status)}; only a paused job can be resumed", "invalid_state")
-            self._event(db, id, "The job has been resumed")
-            return self._update(db, id, status="queued" if job.validated else "validating_files")
+            life.tell(db, id, "The job has been resumed")
+            return life.changed(db, id, status="queued" if job.validated else "validating_files")
 
     # ---- jobs, as workers see them
 
@@ -179,11 +177,11 @@ class State:
             if job is None:
                 return None
             if job.status == "queued" and not job.claims:
-                self._event(db, job.id, "Fine-tuning job started")
+                life.tell(db, job.id, "Fine-tuning job started")
             values: dict[str, Any] = {"worker": worker, "lease": now + lease}
             if job.validated:
                 values |= {"status": "running", "claims": job.claims + 1}
-            return self._update(db, job.id, **values)
+            return life.changed(db, job.id, **values)
 
     def beat(self, id: str, worker: str, lease: float) -> Wish:
         """Renew a lease. "pause": save the state, stop and `leave`; "cancel": stop at once and `leave`, the job has ended.
@@ -192,10 +190,10 @@ class State:
             Lost: Another worker has it.
         """
         with writing(self._engine) as db:
-            job = self._locked(db, id)
+            job = life.locked(db, id)
             if job.worker != worker:
                 raise Lost(f"the job {id} is another worker's")
-            self._update(db, id, lease=clock(db) + lease)
+            life.changed(db, id, lease=clock(db) + lease)
         return "go" if job.status in ("validating_files", "running") else "pause" if job.status in ACTIVE else "cancel"
 
     def leave(self, id: str, worker: str) -> None:
@@ -210,9 +208,9 @@ class State:
             Lost: It is not this worker's to write.
         """
         with writing(self._engine) as db:
-            self._mine(db, id, worker)
-            self._event(db, id, "Files validated, moving job to queued state")
-            self._update(db, id, status="queued", validated=True, worker="", lease=0.0)
+            life.mine(db, id, worker)
+            life.tell(db, id, "Files validated, moving job to queued state")
+            life.changed(db, id, status="queued", validated=True, worker="", lease=0.0)
 
     def learned(
         self, id: str, worker: str, *, hyperparameters: Mapping[str, Any] | None = None, estimated_finish: int | None = None
@@ -224,7 +222,7 @@ class State:
         """
         values = {"hyperparameters": hyperparameters, "estimated_finish": estimated_finish}
         with writing(self._engine) as db:
-            job = self._mine(db, id, worker)
+            job = life.mine(db, id, worker)
             known = {name: value for name, value in values.items() if value is not None}
             if hyperparameters is not None:
                 kind = job.method["type"]
@@ -233,7 +231,7 @@ class State:
                     **job.method,
                     kind: {**asked, "hyperparameters": {**asked.get("hyperparameters", {}), **hyperparameters}},
                 }
-            self._update(db, id, **known)
+            life.changed(db, id, **known)
 
     def event(
         self, job: str, message: str, level: str = "info", type: str = "message", data: Mapping[str, Any] | None = None, key: str = ""
@@ -241,7 +239,7 @@ class State:
         """Record an event of a job that has not ended; one with a `key` that is recorded already adds nothing."""
         with writing(self._engine) as db:
             if db.execute(select(JOB.c.id).where(JOB.c.id == job, JOB.c.status.in_(ACTIVE))).first():
-                self._event(db, job, message, level, type, data, key)
+                life.tell(db, job, message, level, type, data, key)
 
     def checkpoint(self, job: str, step: int, metrics: Mapping[str, Any], manifest: Manifest, *, worker: str = "") -> Checkpoint:
         """Record a checkpoint whose blobs were put; put them again afterwards. The last three are kept. A step is recorded once.
@@ -253,16 +251,16 @@ class State:
             Lost: It is not this worker's to write.
         """
         with writing(self._engine, alone=True) as db:
-            record = self._mine(db, job, worker) if worker else self._locked(db, job)
+            record = life.mine(db, job, worker) if worker else life.locked(db, job)
             if found := first(Checkpoint, db, select(CHECKPOINT).where(CHECKPOINT.c.job == job, CHECKPOINT.c.step == step)):
                 return found
             name = f"{record.name}:ckpt-step-{step}"
             made = Checkpoint(fresh("ftckpt_"), job, int(time.time()), step, name, metrics, manifest)
             add(db, CHECKPOINT, made)
             use(db, made.id, manifest.values())
-            self._event(db, job, f"Checkpoint created at step {step}", key=f"checkpoint {step}")
+            life.tell(db, job, f"Checkpoint created at step {step}", key=f"checkpoint {step}")
             for old in db.execute(_CHECKPOINTS.where(CHECKPOINT.c.job == job).offset(KEPT)).all():
-                self._delete_checkpoint(db, old.id)
+                life.forget(db, self._drop, old.id)
         return made
 
     def finish(
@@ -287,14 +285,14 @@ class State:
             Lost: It is not this worker's to write.
         """
         with writing(self._engine, alone=True) as db:
-            job = self._mine(db, id, worker)
-            values: dict[str, Any] = {"trained_tokens": trained_tokens, "result_files": self._result(db, job, result)}
+            job = life.mine(db, id, worker)
+            values: dict[str, Any] = {"trained_tokens": trained_tokens, "result_files": life.result(db, job, result)}
             if status == "failed":
                 said = str((error or {}).get("message") or "The job has failed")
-                return self._end(db, job, "failed", said, level="error", error=dict(error or {}), **values)
+                return life.end(db, self._drop, job, "failed", said, level="error", error=dict(error or {}), **values)
             assert manifest, "a model has files"
-            self._publish(db, job, manifest)
-            return self._end(db, job, "succeeded", "The job has successfully completed", fine_tuned_model=job.name, **values)
+            life.publish(db, job, manifest)
+            return life.end(db, self._drop, job, "succeeded", "The job has successfully completed", fine_tuned_model=job.name, **values)
 
     def held(
         self,
@@ -317,16 +315,18 @@ class State:
             Lost: It is not this worker's to write.
         """
         with writing(self._engine, alone=True) as db:
-            job = self._mine(db, id, worker)
+            job = life.mine(db, id, worker)
             use(db, id, manifest.values())
-            self._event(db, id, reason, "error", "moderation_checks", data)
+            life.tell(db, id, reason, "error", "moderation_checks", data)
             values: dict[str, Any] = {
                 "trained_tokens": trained_tokens,
-                "result_files": self._result(db, job, result),
+                "result_files": life.result(db, job, result),
                 "held": dict(manifest),
             }
             error = {"code": "held", "message": reason, "param": None}
-            return self._end(db, job, "failed", "The fine-tuned model is held and not published", level="error", error=error, **values)
+            return life.end(
+                db, self._drop, job, "failed", "The fine-tuned model is held and not published", level="error", error=error, **values
+            )
 
     def release(self, id: str, who: str, why: str) -> Job:
         """Publish a held model, on the record.
@@ -338,70 +338,15 @@ class State:
             Refused: The job's model is not held.
         """
         with writing(self._engine, alone=True) as db:
-            job = self._locked(db, id)
+            job = life.locked(db, id)
             if job.held is None:
                 raise Refused(f"the job {id} holds no model back; its status is {job.status}", "invalid_state")
             said = f"The model was released by {who}: {why}"
-            self._event(db, id, said, "warn", "moderation_checks", {"released_by": who, "reason": why, "error": job.error})
-            self._publish(db, job, job.held)
+            life.tell(db, id, said, "warn", "moderation_checks", {"released_by": who, "reason": why, "error": job.error})
+            life.publish(db, job, job.held)
             disuse(db, id, self._drop)
             done = "The job has successfully completed"
-            return self._end(db, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
-
-    def _locked(self, db: Connection, id: str) -> Job:
-        job = first(Job, db, select(JOB).where(JOB.c.id == id).with_for_update())
-        if job is None:
-            raise Refused(f"there is no job {id}", "not_found")
-        return job
-
-    def _mine(self, db: Connection, id: str, worker: str) -> Job:
-        job = self._locked(db, id)
-        if job.worker != worker or job.status not in ("validating_files", "running"):
-            raise Lost(f"the job {id} is {job.status} and not this worker's to write")
-        return job
-
-    def _update(self, db: Connection, id: str, **values: Any) -> Job:
-        db.execute(update(JOB).where(JOB.c.id == id).values(**values))
-        return self._locked(db, id)
-
-    def _end(self, db: Connection, job: Job, status: Status, said: str, level: str = "info", **values: Any) -> Job:
-        """The end of a job, with its last event and its webhooks. Who trained it keeps it until `leave`, but where it ended itself."""
-        now = int(time.time())
-        self._event(db, job.id, said, level)
-        if status != "cancelled":
-            values |= {"worker": "", "lease": 0.0}
-        if status != "succeeded" and not values.get("held"):  # nobody can ever call them
-            for checkpoint in db.execute(select(CHECKPOINT.c.id).where(CHECKPOINT.c.job == job.id)).scalars().all():
-                self._delete_checkpoint(db, checkpoint)
-        announce(db, job.id, status)
-        return self._update(db, job.id, status=status, finished_at=now, estimated_finish=None, **values)
-
-    def _publish(self, db: Connection, job: Job, manifest: Manifest) -> None:
-        add(db, MODEL, Model(job.name, job.owner, int(time.time()), job.base, job.id, dict(manifest)))
-        use(db, job.name, manifest.values())
-        self._event(db, job.id, f"New fine-tuned model created: {job.name}")
-
-    def _result(self, db: Connection, job: Job, result: tuple[str, int] | None) -> list[str]:
-        if result is None:
-            return []
-        sha, size = result
-        file = File(fresh("file-"), job.owner, size, int(time.time()), "step_metrics.csv", "fine-tune-results", sha)
-        add(db, FILE, file)
-        use(db, file.id, [sha])
-        return [file.id]
-
-    def _event(
-        self,
-        db: Connection,
-        job: str,
-        message: str,
-        level: str = "info",
-        type: str = "message",
-        data: Mapping[str, Any] | None = None,
-        key: str = "",
-    ) -> None:
-        row = {"job": job, "created_at": int(time.time()), "level": level, "message": message, "type": type, "data": data}
-        put(db, EVENT, [{"id": fresh("ftevent-"), **row, "key": key or None}])
+            return life.end(db, self._drop, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
 
     # ---- models
 
@@ -433,12 +378,8 @@ class State:
                 return True
             joined = select(CHECKPOINT.c.id).join(JOB, JOB.c.id == CHECKPOINT.c.job).where(CHECKPOINT.c.name == name)
             if found := db.execute(of(joined, JOB, owner)).scalar():
-                self._delete_checkpoint(db, found)
+                life.forget(db, self._drop, found)
             return bool(found)
-
-    def _delete_checkpoint(self, db: Connection, id: str) -> None:
-        db.execute(delete(CHECKPOINT).where(CHECKPOINT.c.id == id))
-        disuse(db, id, self._drop)
 
 
 _CHECKPOINTS = select(CHECKPOINT).order_by(CHECKPOINT.c.step.desc())
