@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ pytest.importorskip("fastapi"), pytest.importorskip("uvicorn"), pytest.importors
 # ruff: noqa: E402
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx2")
+
+from postgres import fresh_database, postgres
+from sqlalchemy import text
 
 from saddlepoint.cli import main
 from saddlepoint.service.app import Service, create
@@ -738,6 +741,22 @@ def test_two_servers_on_one_database(tmp_path: Path) -> None:
         for thread in threads:
             thread.join(60)
         assert failed == []
+
+
+def test_a_database_that_is_gone_is_told_and_nobody_is_blamed(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        blobs = Blobs(tmp_path)
+        tuning = Tuning(State.open(fresh_database(stack.enter_context(postgres())), blobs.remove), blobs, {BASE: BASE})
+        with serving(tuning) as url, client_of(url) as client:
+            job = begun(client)
+            with tuning.state._engine.connect() as db:
+                others = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+                assert db.execute(text(f"select count(pg_terminate_backend(pid)) {others}")).scalar()
+            assert client.fine_tuning.jobs.retrieve(job.id) == job  # connections that were cut are made anew
+            stack.close()
+            error = refused(openai.APIStatusError, client.fine_tuning.jobs.retrieve, job.id)
+            assert (error["type"], error["code"]) == ("server_error", "server_unavailable") and "try again" in error["message"]
+        tuning.state.close()
 
 
 def test_the_document_is_whole(url: str) -> None:

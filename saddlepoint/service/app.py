@@ -1,6 +1,7 @@
 """The application: routes over the models that are served. Blocking work runs in threads, so that the loop is always free."""
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from saddlepoint import __version__
-from saddlepoint.errors import SaddlepointError
+from saddlepoint.errors import SaddlepointError, StoreError
 from saddlepoint.service import completions, embeddings, files, graders, jobs, models, uploads
 from saddlepoint.service.adapters import Adapters
 from saddlepoint.service.answering import Answering, as_error
@@ -112,6 +113,12 @@ def create(
     @app.exception_handler(SaddlepointError)
     async def failed(_: Request, wrong: SaddlepointError) -> Response:
         return as_error(wrong).response
+
+    @app.exception_handler(StoreError)
+    async def unreachable(_: Request, wrong: StoreError) -> Response:
+        logging.getLogger("saddlepoint").error("%s", wrong)
+        said = "the server's database or files cannot be had just now; try again"
+        return ApiError(503, said, "server_unavailable", headers={"retry-after": "1"}).response
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, wrong: HTTPException) -> Response:
