@@ -41,15 +41,16 @@ class Told(SFTTrainer):  # type: ignore[misc]
 class Turns(TrainerCallback):  # type: ignore[misc]
     """Waits before each step and reports after it."""
 
-    began = 0.0
+    began = cpu = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not sys.stdin.readline().strip():
             raise SystemExit
-        self.began = time.perf_counter()
+        self.began, self.cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        tell(seconds=time.perf_counter() - self.began, tokens=Told.read, padded=Told.padded, loss=Told.loss)
+        spent = {"seconds": time.perf_counter() - self.began, "cpu": time.process_time() - self.cpu}
+        tell(**spent, tokens=Told.read, padded=Told.padded, loss=Told.loss)
 
 
 def main(given: dict[str, Any]) -> None:

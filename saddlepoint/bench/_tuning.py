@@ -25,20 +25,20 @@ def main(given: dict[str, Any]) -> None:
     torch.set_num_threads(given["threads"])
     records = [as_record(line, chat) for line, chat in enumerate(given["chats"], 1)]
     spec = engine.Spec(given["base"], epochs=given["epochs"], batch=given["batch"], seed=given["seed"])
-    began = 0.0
+    began = cpu = 0.0
 
     def turn() -> None:
-        nonlocal began
+        nonlocal began, cpu
         if not sys.stdin.readline().strip():
             raise SystemExit
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
 
     def tell(event: engine.Event) -> None:
         if isinstance(event, engine.Step):
             epoch, at = divmod(event.step - 1, -(-len(records) // spec.batch))
             batch = engine.order(spec, epoch, len(records))[at * spec.batch : (at + 1) * spec.batch]
-            row = {"seconds": time.perf_counter() - began, "tokens": sum(given["lengths"][i] for i in batch), "loss": event.train_loss}
-            print(json.dumps(row), flush=True)
+            spent = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+            print(json.dumps({**spent, "tokens": sum(given["lengths"][i] for i in batch), "loss": event.train_loss}), flush=True)
             if event.step < event.steps:
                 turn()  # writing the state and the checkpoint of this step counts to the next
 

@@ -1,8 +1,9 @@
 """Fine-tuning beside trl's SFTTrainer with peft: non-padding tokens per second, and what was learned.
 
 Both train the same LoRA of the same base in the same dtype on the same chats, in batches of as many, for as many steps, at the same
-learning rate. They take turns, one step each, each in a process of its own, so that whatever else the machine does meets both. The peer is
-run as it comes, which is with gradient checkpointing, and once more without, which is the faster way on a processor with memory to spare.
+learning rate. They take turns, one step each, each in a process of its own, so that whatever else the machine does meets both; on a busy
+machine processor time says more than the clock, for a tool that keeps threads in step waits for the last of them. The peer is run as it
+comes, which is with gradient checkpointing, and once more without, which is the faster way on a processor with memory to spare.
 Every adapter is then asked for the loss of chats that none was trained on. The first step of each run warms up and is not counted.
 """
 
@@ -61,6 +62,7 @@ class Run:
     tool: str
     seed: int
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # seconds of processor time, of all cores
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     held_out: float = float("nan")
@@ -137,6 +139,7 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
                         row = _line(peer)
                         if step:
                             mine[name].seconds.append(row["seconds"])
+                            mine[name].cpu.append(row["cpu"])
                             mine[name].tokens.append(row["tokens"])
                         mine[name].losses.append(row["loss"])
                         padding[name] = [padding[name][0] + row["tokens"], padding[name][1] + row.get("padded", row["tokens"])]
@@ -174,6 +177,7 @@ def _summary(
         rates = [t / s for r in mine for t, s in zip(r.tokens, r.seconds, strict=True)]
         tools[name] = {
             "tokens_per_second": asdict(mean(rates)),
+            "tokens_per_cpu_second": asdict(mean([t / s for r in mine for t, s in zip(r.tokens, r.cpu, strict=True)])),
             "padding": padding[name],
             "updates": [len(r.losses) for r in mine],
             "train_loss_first": [r.losses[0] for r in mine],
@@ -187,17 +191,18 @@ def _summary(
         "settings": {**asdict(settings), "tokens": tokens, "held_out": held_out},
         "machine": {"cores": os.cpu_count(), "processor": _processor(), "load": os.getloadavg()[2], "python": sys.version.split()[0]},
         "tools": tools,
-        "ratio": {name: _ratio(runs, name) for name in TOOLS[:-1]},
+        "ratio": {name: _ratio(runs, name, "seconds") for name in TOOLS[:-1]},
+        "ratio_cpu": {name: _ratio(runs, name, "cpu") for name in TOOLS[:-1]},
         "held_out_before": before,
     }
 
 
-def _ratio(runs: Sequence[Run], peer: str) -> dict[str, float]:
-    """Our tokens per second over a peer's: geometric mean of the steps that stood side by side, with a 95% interval."""
+def _ratio(runs: Sequence[Run], peer: str, by: str) -> dict[str, float]:
+    """Our tokens per second, by the clock or of processor time, over a peer's: geometric mean of the steps that stood side by side, with a 95% interval."""
     logs: list[float] = []
     for ours in (r for r in runs if r.tool == "saddlepoint"):
         (theirs,) = (r for r in runs if r.tool == peer and r.seed == ours.seed)
-        a, b = (np.log(np.array(r.tokens) / np.array(r.seconds)) for r in (ours, theirs))
+        a, b = (np.log(np.array(r.tokens) / np.array(getattr(r, by))) for r in (ours, theirs))
         logs += (a - b).tolist()
     found = mean(logs)
     return {"value": float(np.exp(found.value)), "low": float(np.exp(found.low)), "high": float(np.exp(found.high)), "n": found.n}
@@ -210,16 +215,19 @@ def table(found: dict[str, Any]) -> str:
         f"{s['model']}, {s['dtype']}, {s['device']}, {s['threads']} threads, {m['processor']}, load {m['load']:.1f}; {s['data'] or 'fictional'}: "
         f"{s['tokens']} tokens an epoch, batch {s['batch']}, {s['epochs']} epochs, {len(s['seeds'])} seeds; {found['peer']}",
         "",
-        "| tool | non-padding tokens/s [95%] | saddlepoint is faster by [95%] | padding | train loss, first and last step | held-out loss by seed |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| tool | non-padding tokens/s [95%] | times as fast is saddlepoint [95%] | tokens per s of processor time | times | padding | "
+        "train loss, first and last step | held-out loss by seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, tool in found["tools"].items():
-        r, rate = found["ratio"].get(name), tool["tokens_per_second"]
-        ratio = f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], n={r['n']}" if r else "1"
+        speeds = []
+        for rate, ratio in (("tokens_per_second", "ratio"), ("tokens_per_cpu_second", "ratio_cpu")):
+            own, r = tool[rate], found[ratio].get(name)
+            speeds.append(f"{own['value']:.0f} [{own['low']:.0f}, {own['high']:.0f}]")
+            speeds.append(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], n={r['n']}" if r else "1")
         losses = "; ".join(f"{a:.2f} to {b:.2f}" for a, b in zip(tool["train_loss_first"], tool["train_loss_last"], strict=True))
         held = ", ".join(f"{x:.3f}" for x in tool["held_out_loss"])
-        speed = f"{rate['value']:.0f} [{rate['low']:.0f}, {rate['high']:.0f}]"
-        lines.append(f"| {name} | {speed} | {ratio} | {tool['padding']:.0%} | {losses} | {held} |")
+        lines.append(f"| {name} | {' | '.join(speeds)} | {tool['padding']:.0%} | {losses} | {held} |")
     lines += [
         "",
         f"Held-out loss of the base: {found['held_out_before']:.3f} nats, {s['held_out']} chats; updates of each run: {_updates(found)}",
