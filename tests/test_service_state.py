@@ -338,6 +338,16 @@ def _together(acts: list[Any]) -> None:
         thread.join(60)
 
 
+def test_a_file_whose_upload_was_killed_is_swept(state: State, dropped: list[str]) -> None:
+    def put(at: float, sha: str) -> str:
+        return state.files.add(File(fresh("file-"), "me", 1, int(at), "f", "batch", sha, "uploaded")).id
+
+    new, old, done = put(time.time(), "1" * 64), put(time.time() - 25 * 3600, "2" * 64), put(time.time() - 25 * 3600, "3" * 64)
+    state.files.ready(done)
+    state.files.sweep()
+    assert state.files.get(new) and state.files.get(done) and not state.files.get(old) and dropped == ["2" * 64]
+
+
 # ---- blobs
 
 
@@ -352,6 +362,8 @@ def test_a_blob_is_kept_once_under_its_hash(blobs: Blobs, tmp_path: Path) -> Non
     sha = hashlib.sha256(data).hexdigest()
     assert blobs.put(data) == blobs.put(tmp_path / "big") == blobs.put(iter([data[:7], data[7:]])) == (sha, len(data))
     assert blobs.has(sha) and b"".join(blobs.chunks(sha)) == data and blobs.open(sha).read(3) == b"xxx"
+    if (folder := tmp_path / "files").is_dir():
+        assert folder.stat().st_mode & 0o077 == 0
     blobs.remove(sha), blobs.remove(sha)
     assert not blobs.has(sha)
     with pytest.raises(StoreError, match=sha):

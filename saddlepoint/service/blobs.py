@@ -36,6 +36,8 @@ class Blobs:
 
     def __init__(self, url: str | Path):
         try:
+            if "://" not in str(url):
+                Path(url).mkdir(mode=0o700, parents=True, exist_ok=True)  # what users sent is for the operator's eyes only
             made = fsspec.core.url_to_fs(str(url))
             self._fs, self._root = cast("tuple[Any, str]", made)
             self._fs.makedirs(f"{self._root}/partial", exist_ok=True)

@@ -11,6 +11,8 @@ from saddlepoint.service.records import ACTIVE, File, Part, Upload
 from saddlepoint.service.rows import Refused, add, disuse, first, of, page, record, use
 from saddlepoint.service.schema import FILE, JOB, PART, UPLOAD, USE, reading, writing
 
+DAY = 24 * 3600  # seconds
+
 
 class Shelf:
     """Files and uploads. `owner` is the name of a key; None sees everybody's."""
@@ -153,7 +155,8 @@ class Shelf:
         """Remove what has expired."""
         with writing(self._engine, alone=True) as db:
             now = int(time.time())
-            late = select(FILE.c.id).where(FILE.c.expires_at <= now, ~exists().where(_needed(FILE.c.id)))
+            broken_off = (FILE.c.status == "uploaded") & (FILE.c.created_at < now - DAY)  # whoever put it was killed
+            late = select(FILE.c.id).where((FILE.c.expires_at <= now) | broken_off, ~exists().where(_needed(FILE.c.id)))
             for file in db.execute(late).scalars().all():
                 self._remove(db, file)
             db.execute(update(UPLOAD).where(UPLOAD.c.status == "pending", UPLOAD.c.expires_at <= now).values(status="expired"))
