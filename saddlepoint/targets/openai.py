@@ -180,7 +180,7 @@ class OpenAI:
     async def _answer(self, query: Query, stop: Event, listen: Callable[[Completion], None] | None = None) -> Completion:
         """The answer; where somebody listens to its pieces, only the last of them, which says how it ended."""
         if query.bare or any(m.soft or m.ids for m in query.chat):
-            said = f"{self.name}: soft embeddings, token ids and texts without a chat cannot be sent to an endpoint; take a local model"
+            said = f"{self.name}: texts without a chat, soft embeddings and token ids cannot be sent to an endpoint; take a local model"
             return Completion("", finish="error", error=said)
         faults: list[str] = []
         for attempt in range(self.retries + 1):
