@@ -45,8 +45,6 @@ class Settings:
     """
 
     model: str = "smollm2-135m-instruct"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
     data: str = ""
     n: int = 138
     batch: int = 16
@@ -105,11 +103,12 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     torch.set_num_threads(settings.threads)
     folder = pull(settings.model, say=say) if not Path(settings.model).is_dir() else Path(settings.model)
     train_on, held_out = chats(settings)
-    reader = HF.load(settings.model, settings.dtype, settings.device)
+    reader = HF.load(settings.model)  # in the dtype and on the device that training takes
     lengths = [len(encoded(reader, as_record(1, chat)).ids) for chat in train_on]
     steps = -(-len(train_on) // settings.batch) * settings.epochs
     given = {**asdict(settings), "folder": str(folder), "base": settings.model, "chats": train_on, "lengths": lengths, "steps": steps}
-    given |= {"rank": RANK, "alpha": ALPHA, "lr": LR["supervised"]}
+    how = {"dtype": str(reader.model.dtype).removeprefix("torch."), "device": reader.device.type}
+    given |= how | {"rank": RANK, "alpha": ALPHA, "lr": LR["supervised"]}
     runs: list[Run] = []
     padding = {name: [0, 0] for name in TOOLS}
     with tempfile.TemporaryDirectory() as place:
@@ -150,7 +149,13 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
                 mine[name].held_out = _held_out(adapter, settings.model, held_out)
             runs += mine.values()
         before = _held_out(None, settings.model, held_out)
-    return _summary(settings, runs, {n: 1 - read / wide for n, (read, wide) in padding.items()}, before, len(held_out), sum(lengths))
+    return _summary(
+        settings,
+        runs,
+        {n: 1 - read / wide for n, (read, wide) in padding.items()},
+        before,
+        {**how, "held_out": len(held_out), "tokens": sum(lengths)},
+    )
 
 
 def _held_out(adapter: Path | None, base: str, held_out: list[list[dict[str, str]]]) -> float:
@@ -168,9 +173,7 @@ def _held_out(adapter: Path | None, base: str, held_out: list[list[dict[str, str
         return float(torch.cat([nll(model, [encoded(model, as_record(1, chat))]) for chat in held_out]).mean())
 
 
-def _summary(
-    settings: Settings, runs: Sequence[Run], padding: dict[str, float], before: float, held_out: int, tokens: int
-) -> dict[str, Any]:
+def _summary(settings: Settings, runs: Sequence[Run], padding: dict[str, float], before: float, how: dict[str, Any]) -> dict[str, Any]:
     tools = {}
     for name in TOOLS:
         mine = [r for r in runs if r.tool == name]
@@ -188,7 +191,7 @@ def _summary(
     return {
         "peer": f"trl {version('trl')}, peft {version('peft')}, transformers {version('transformers')}, torch {version('torch')}",
         "saddlepoint": __version__,
-        "settings": {**asdict(settings), "tokens": tokens, "held_out": held_out},
+        "settings": asdict(settings) | how,
         "machine": {"cores": os.cpu_count(), "processor": _processor(), "load": os.getloadavg()[2], "python": sys.version.split()[0]},
         "tools": tools,
         "ratio": {name: _ratio(runs, name, "seconds") for name in TOOLS[:-1]},

@@ -113,7 +113,6 @@ def bench_defenses(
 def bench_finetune(
     model: Annotated[str, typer.Option(help="An embedded model or a folder with a model.")] = "smollm2-135m-instruct",
     data: Annotated[str, typer.Option(help="A JSONL file of chats; the last answer of each is trained on.")] = "",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     batch: Annotated[int, typer.Option(min=1, help="Chats in a step.")] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the chats.")] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each tool.")] = 3,
@@ -127,7 +126,7 @@ def bench_finetune(
         from saddlepoint.bench import finetune as bench
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"bench needs {missing.name}: pip install 'saddlepoint[train]'") from missing
-    settings = bench.Settings(model, dtype, data=data, batch=batch, epochs=epochs, seeds=tuple(range(seeds)))
+    settings = bench.Settings(model, data, batch=batch, epochs=epochs, seeds=tuple(range(seeds)))
     _write_bench(bench.bench(settings, say), bench, out_folder, as_json)
 
 
