@@ -13,6 +13,7 @@ import sys
 import time
 from threading import Event
 
+from saddlepoint.errors import SaddlepointError
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.checking import validate
 from saddlepoint.service.processes import GRACE, on_lifeline
@@ -39,13 +40,15 @@ def main() -> None:
 
     on_lifeline(ended)
     setting = Setting.of(given)
-    blobs = Blobs(setting.files)
-    state = State.open(setting.state, blobs.remove)
-    job = state.job(given.job)
-    if job is None:
-        sys.exit(f"there is no job {given.job}")
-    task = Task(job, given.worker, setting, state, blobs, stop, patient)
-    task.run(validate if job.status == "validating_files" else tune)
+    try:
+        blobs = Blobs(setting.files)
+        state = State.open(setting.state, blobs.remove)
+        job = state.job(given.job)
+        if job is None:
+            sys.exit(f"error: there is no job {given.job}")
+        Task(job, given.worker, setting, state, blobs, stop, patient).run(validate if job.status == "validating_files" else tune)
+    except (SaddlepointError, OSError) as wrong:
+        sys.exit(f"error: {wrong}")
 
 
 if __name__ == "__main__":

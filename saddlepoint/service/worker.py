@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -25,7 +26,7 @@ from functools import partial
 from itertools import takewhile
 from typing import TypeVar
 
-from saddlepoint.errors import StoreError, UsageError
+from saddlepoint.errors import SaddlepointError, StoreError
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.processes import AGAIN, GRACE, ask_to_end, how, kill, on_lifeline, start
 from saddlepoint.service.records import ACTIVE, Job, Status
@@ -142,11 +143,14 @@ class Lane:
 
     def _patiently(self, act: Callable[[], T]) -> T | None:
         """Do something with the database, and while that cannot be had, again and again; None where it is time to end."""
+        told = False
         while True:
             try:
                 return act()
             except StoreError as wrong:
-                log.error("%s; trying again", wrong)
+                if not told:
+                    log.error("%s; trying again until it is back", wrong)
+                told = True
                 if self.stopping.wait(AGAIN):
                     return None
 
@@ -157,21 +161,22 @@ def main() -> None:
     arguments.add_argument("--lease", type=float, default=15.0, help="seconds after which a job whose worker is silent is another's")
     arguments.add_argument("--attached", action="store_true", help="end when standard input closes")
     given = arguments.parse_args()
-    if given.gate != OFF:
-        from saddlepoint.service.gating import rules  # what attacks and judges are made of
-
-        try:
-            rules(given.gate)
-        except UsageError as wrong:
-            arguments.error(str(wrong))
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     stopping = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: stopping.set())
     if given.attached:
         on_lifeline(stopping.set)
-    blobs = Blobs(given.files)
-    work(Setting.of(given), State.open(given.state, blobs.remove), given.lease, stopping)
+    try:
+        if given.gate != OFF:
+            from saddlepoint.service.gating import rules  # what attacks and judges are made of
+
+            rules(given.gate)
+        state = State.open(given.state, Blobs(given.files).remove)
+    except SaddlepointError as wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(wrong.exit_code)
+    work(Setting.of(given), state, given.lease, stopping)
 
 
 if __name__ == "__main__":
