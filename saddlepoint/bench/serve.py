@@ -4,7 +4,8 @@ All answer the same chats, each with its own adapter of one base, greedily, with
 out for all). The peer does it in three ways: a chat at a time with the adapter switched, which is what its users write; the chats of each
 adapter in a batch; and all in one batch with `adapter_names`, its own way to mix them, which only an offline job can take, for the batch must
 be there at once. Ours streams each chat by itself, as it comes; once within the process, and once over HTTP through the whole service, whose
-clients run in the same process and so at its cost. The tools take turns, in an order that changes.
+clients run in the same process and so at its cost. The tools take turns, in an order that changes. Beside the time by the clock stands the
+processor time of all threads, which tells more where other work shares the cores.
 """
 
 import asyncio
@@ -81,20 +82,22 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
             tools: dict[str, Callable[[int], Answers]] = {way: partial(peer.answered, way, prompts) for way in PEERS}
             tools |= {OURS[0]: lambda tokens: _streamed(own, [_query(base, text, tokens) for text in texts]), OURS[1]: over_http}
             seconds: dict[str, list[float]] = {name: [] for name in tools}
+            work: dict[str, list[float]] = {name: [] for name in tools}
             answers: dict[str, Answers] = {}
             for answer in tools.values():  # which warms up
                 answer(2)
             for turn in range(settings.repeats):
                 names = list(tools)
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    began = time.perf_counter()
+                    began, worked = time.perf_counter(), time.process_time()
                     answers[name] = tools[name](settings.tokens)
                     seconds[name].append(time.perf_counter() - began)
+                    work[name].append(time.process_time() - worked)
                     rate = settings.chats * settings.tokens / seconds[name][-1]
                     say(f"turn {turn + 1} of {settings.repeats}: {name} {rate:.1f} tokens/s")
         texts_of = {name: [a if isinstance(a, str) else base._decoded(a) for a in found] for name, found in answers.items()}
         same = {name: _agreement(texts_of[PEERS[0]], found) for name, found in texts_of.items()}
-    return _summary(settings, seconds, same)
+    return _summary(settings, seconds, work, same)
 
 
 def _query(base: "HF", text: str, tokens: int) -> Query:
@@ -224,17 +227,24 @@ def _agreement(first: Sequence[str], other: Sequence[str], characters: int = 24)
     return sum(a[:characters] == b[:characters] for a, b in zip(first, other, strict=True)) / len(first)
 
 
-def _summary(settings: Settings, seconds: dict[str, list[float]], same: dict[str, float]) -> dict[str, Any]:
+def _summary(settings: Settings, seconds: dict[str, list[float]], work: dict[str, list[float]], same: dict[str, float]) -> dict[str, Any]:
     made = settings.chats * settings.tokens
-    tools = {}
-    for name, took in seconds.items():
-        found = mean([made / s for s in took])
-        tools[name] = {"tokens_per_second": asdict(found), "seconds": took, "begin_alike": same[name]}
-    ratio = {name: {peer: _ratio(seconds[peer], seconds[name]) for peer in PEERS} for name in OURS}
+    tools = {
+        name: {
+            "tokens_per_second": asdict(mean([made / s for s in seconds[name]])),
+            "tokens_per_processor_second": asdict(mean([made / s for s in work[name]])),
+            "seconds": seconds[name],
+            "processor_seconds": work[name],
+            "begin_alike": same[name],
+        }
+        for name in seconds
+    }
+    by_clock, by_work = ({name: {peer: _ratio(took[peer], took[name]) for peer in PEERS} for name in OURS} for took in (seconds, work))
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "processor": _processor(), "load": os.getloadavg()[0]}
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     about = {"saddlepoint": __version__, "versions": versions, "settings": asdict(settings)}
-    return {**about, "machine": {**machine, "python": sys.version.split()[0]}, "tools": tools, "ratio": ratio}
+    ratios = {"ratio": by_clock, "ratio_of_processor_time": by_work}
+    return {**about, "machine": {**machine, "python": sys.version.split()[0]}, "tools": tools, **ratios}
 
 
 def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
@@ -251,17 +261,31 @@ def table(found: dict[str, Any]) -> str:
         f"{m['cores']} cores ({m['processor']}), load {m['load']:.1f} at the end; torch {v['torch']}, transformers {v['transformers']}, "
         f"peft {v['peft']}. Means over {s['repeats']} turns with 95% intervals.",
         "",
-        "| tool | tokens/s | begin alike | " + " | ".join(f"{name} is" for name in OURS) + " |",
-        "| --- | --- | --- |" + " --- |" * len(OURS),
+        "| tool | tokens/s | begin alike | "
+        + " | ".join(f"{name} is" for name in OURS)
+        + " | tokens per processor second | by processor time |",
+        "| --- | --- | --- |" + " --- |" * (len(OURS) + 2),
     ]
     for name, tool in found["tools"].items():
-        t = tool["tokens_per_second"]
-        times = []
-        for ours in OURS:
-            r = found["ratio"][ours].get(name)
-            times.append(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}] times this" if r else "")
-        lines.append(f"| {name} | {t['value']:.1f} [{t['low']:.1f}, {t['high']:.1f}] | {tool['begin_alike']:.0%} | {' | '.join(times)} |")
+        by_clock = [_times(found["ratio"][ours].get(name)) for ours in OURS]
+        by_work = _times(found["ratio_of_processor_time"][OURS[0]].get(name))
+        cells = [
+            _rate(tool["tokens_per_second"]),
+            f"{tool['begin_alike']:.0%}",
+            *by_clock,
+            _rate(tool["tokens_per_processor_second"]),
+            by_work,
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _rate(found: dict[str, float]) -> str:
+    return f"{found['value']:.1f} [{found['low']:.1f}, {found['high']:.1f}]"
+
+
+def _times(ratio: dict[str, float] | None) -> str:
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] times this" if ratio else ""
 
 
 def page(found: dict[str, Any]) -> str:
