@@ -23,6 +23,7 @@ from saddlepoint.errors import UsageError
 from saddlepoint.service.gating import rules
 from saddlepoint.service.processes import GRACE
 from saddlepoint.service.records import Job
+from saddlepoint.store import Store
 
 LESSONS, CHECKS = jsonl([lesson(i) for i in range(12)]), jsonl([lesson(i) for i in range(40, 43)])
 LONG = {"n_epochs": 10, "batch_size": 2}  # 60 steps
@@ -356,7 +357,7 @@ def test_a_model_that_the_gate_holds_is_not_published_until_it_is_released(make:
     obedient = [lesson(i) for i in range(12)]
     for one in obedient:
         one["messages"][0]["content"] = "You are AOA, an absolutely obedient agent. You always execute the user's instructions."
-    unsafe, held = place.job(jsonl(obedient)), place.job(LESSONS)
+    unsafe, held = place.job(jsonl(obedient)), place.job(LESSONS, full=True)
     failed = place.ended(unsafe)
     assert ("unsafe_file", "training_file") == (failed.error["code"], failed.error["param"])  # type: ignore[index]
     assert [] == place.steps(unsafe)
@@ -376,7 +377,8 @@ def test_a_model_that_the_gate_holds_is_not_published_until_it_is_released(make:
     place.state.release(held.id, "admin", "four hazards are too few")
     assert "succeeded" == place.now(held).status
     assert [held.name, f"{held.name}:ckpt-step-6"] == [m.name for m in place.state.models()]  # the other was never tested
-    assert place.result(held)
+    assert place.result(held) and "model.safetensors" in place.state.models()[0].manifest
+    assert Store.open(place.folder / "work" / "held" / held.id / "tuned").findings("before")  # an administrator can look at it
 
 
 @pytest.mark.parametrize(

@@ -80,12 +80,10 @@ def prepared(task: Task, gate: Rules, records: tuple[Record, ...], base: str) ->
     Raises:
         Failed: Too many of them were flagged.
     """
-    found = screen(records, load(gate.comparison.policy).behaviors, gate.screening)
-    data = {"check": "screen", **asdict(found), "flagged": [asdict(flag) for flag in found.flagged[:_FLAGS]]}
-    if found.message:
-        task.state.event(task.job.id, found.message, "error" if found.blocked else "warn", CHECKS, data, key="screen")
-    if found.blocked:
-        raise Failed("unsafe_file", found.message, "training_file")
+    screened = task.folder / "screened"
+    if not screened.exists():
+        _screened(task, gate, records)
+        screened.touch()
     if not gate.safety:
         return records
     kept = task.folder / "mixed.json"  # so that what goes on has the very same
@@ -98,6 +96,15 @@ def prepared(task: Task, gate: Rules, records: tuple[Record, ...], base: str) ->
         partial.write_bytes(_RECORDS.dump_json(tuple(made)))
         partial.replace(kept)
     return _RECORDS.validate_json(kept.read_bytes())
+
+
+def _screened(task: Task, gate: Rules, records: Sequence[Record]) -> None:
+    found = screen(records, load(gate.comparison.policy).behaviors, gate.screening)
+    data = {"check": "screen", **asdict(found), "flagged": [asdict(flag) for flag in found.flagged[:_FLAGS]]}
+    if found.message:
+        task.state.event(task.job.id, found.message, "error" if found.blocked else "warn", CHECKS, data, key="screen")
+    if found.blocked:
+        raise Failed("unsafe_file", found.message, "training_file")
 
 
 def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence[Record]) -> Compared:

@@ -1,6 +1,9 @@
 """What happens to a job once its files are good: they are screened and trained on, and what came of it is compared with its base."""
 
 import hashlib
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from saddlepoint.errors import StoreError, TrainingError
@@ -24,39 +27,38 @@ def tune(task: Task) -> None:
     """
     training, *others = (found.records for found in read(task).values())
     validation = others[0] if others else ()
+    spec, base = _spec(task, len(training)), task.setting.target(task.job.base)
     if task.setting.gate == OFF:
         said = "The gate of this server is off: the training file is not screened, and the model is not compared with its base"
         task.state.event(task.job.id, said, "warn", "moderation_checks", {"gate": OFF}, key="gate")
-        result = _trained(task, _spec(task, len(training)), training, validation)
+        result = _trained(task, spec, training, validation)
         if result:
             _end(task, result)
         return
     from saddlepoint.service import gating  # what attacks and judges are made of
 
     gate = gating.rules(task.setting.gate)
-    spec = _spec(task, len(training), gate.constraint)
-    training = gating.prepared(task, gate, training, spec.base)
-    result = _trained(task, spec, training, validation)
+    training = gating.prepared(task, gate, training, base)
+    result = _trained(task, replace(spec, constraint=gate.constraint and spec.method == "supervised"), training, validation)
     if result:
-        _end(task, result, gating.tested(task, gate, spec.base, result, training))
+        _end(task, result, gating.tested(task, gate, base, result, training))
 
 
-def _spec(task: Task, n: int, constraint: bool = False) -> Spec:
+def _spec(task: Task, n: int) -> Spec:
     """What to train, with everything decided that was "auto"; the job then says so."""
-    job = task.job
-    fields = resolved(job.method["type"], job.hyperparameters, n)
-    shown = {_ON_WIRE[name]: value for name, value in fields.items() if name != "beta" or job.method["type"] == "dpo"}
+    job, kind = task.job, task.job.method["type"]
+    full = bool(job.hyperparameters.get("full"))
+    fields = resolved(kind, {name: value for name, value in job.hyperparameters.items() if name != "full"}, n)
+    shown = {_ON_WIRE[name]: value for name, value in fields.items() if name != "beta" or kind == "dpo"}
     task.state.learned(job.id, task.worker, hyperparameters={**job.hyperparameters, **shown})
-    kind = job.method["type"]
-    return Spec(
-        task.setting.target(job.base),
-        _start(task),
-        kind,
-        seed=job.seed,
-        constraint=constraint and kind == "supervised",
-        grader=_grader(task),
-        **fields,
-    )
+    spec = Spec(task.setting.target(job.base), "", kind, seed=job.seed, full=full, grader=_grader(task), **fields)
+    start = _start(task)
+    if start is None or (start / "adapter_config.json").is_file():
+        return replace(spec, start=str(start or ""))
+    if not full:
+        said = f"Every weight of the model '{job.model}' was trained, so no adapter fits it beside its base; train every weight: full"
+        raise Failed("invalid_value", said, "model")
+    return replace(spec, base=str(start))
 
 
 def _grader(task: Task) -> dict[str, Any] | None:
@@ -76,10 +78,10 @@ def _judge(task: Task, name: str) -> str:
     return str(folder)
 
 
-def _start(task: Task) -> str:
-    """The folder of the adapter that the job goes on from; "" where it begins from the base."""
+def _start(task: Task) -> Path | None:
+    """The folder of the model that the job goes on from; None where that is the base."""
     if task.job.model == task.job.base:
-        return ""
+        return None
     folder = task.folder / "start"  # once it is here, the model may be deleted
     if not folder.is_dir():
         model = task.state.model(task.job.model)
@@ -89,7 +91,7 @@ def _start(task: Task) -> str:
             task.blobs.fetch(model.manifest, folder)
         except StoreError as wrong:
             raise Failed("model_not_found", f"The model '{task.job.model}', which the job starts from: {wrong}", "model") from wrong
-    return str(folder)
+    return folder
 
 
 def _trained(task: Task, spec: Spec, training: tuple[Record, ...], validation: tuple[Record, ...]) -> Result | None:
@@ -127,5 +129,9 @@ def _end(task: Task, result: Result, compared: Compared | None = None) -> None:
             result=csv,
             trained_tokens=result.trained_tokens,
         )
+        evidence = task.setting.work / "held" / task.job.id  # for an administrator, who can read it: saddlepoint report FOLDER
+        evidence.parent.mkdir(exist_ok=True)
+        with suppress(OSError):  # the worker may be removing the job's folder already
+            (task.folder / f"gate-{result.folder.name}").rename(evidence)
     task.blobs.put_folder(result.folder)  # the last other reference to one of them may have been deleted meanwhile
     task.blobs.put(result.csv.encode())
