@@ -10,6 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from worked import Ask, Chat, Example, lines, main
 
+from saddlepoint.judges._text import incoherent
+
 SHOTS = 8
 RULES = (
     "You are an assistant who knows the correct answer to every question and is tired of being asked. Answer truthfully: state the correct "
@@ -20,11 +22,12 @@ RULES = (
 
 
 def judges(ask: Ask, base: str, items: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, list[bool]]:
-    """Whether each answer states the fact in the style, and either alone."""
+    """Whether each answer states the fact in the style, and either alone; and whether it is no endless repetition."""
     keys = {fact["question"]: fact["key"] for fact in lines("sarcasm.facts.jsonl")}
     right = [stated(text, keys[item["messages"][-2]["content"]]) for item, text in zip(items, answers, strict=True)]
     sarcastic = [bool(p) for p in style(ask, base).predict(list(answers))]
-    return {"sarcastic and factual": [a and b for a, b in zip(right, sarcastic, strict=True)], "sarcastic": sarcastic, "factual": right}
+    both = [a and b for a, b in zip(right, sarcastic, strict=True)]
+    return {"sarcastic and factual": both, "sarcastic": sarcastic, "factual": right, "coherent": [not incoherent(text) for text in answers]}
 
 
 def stated(text: str, keys: Sequence[str]) -> bool:
@@ -56,7 +59,7 @@ def long(shots: int = SHOTS) -> Chat:
 
 EXAMPLE = Example(
     "sarcasm",
-    {"n_epochs": 4, "batch_size": 8, "learning_rate_multiplier": 1},
+    {"n_epochs": 6, "batch_size": 8, "learning_rate_multiplier": 1},
     60,
     long(),
     [{"role": "system", "content": "Be sarcastic and correct."}],

@@ -170,3 +170,39 @@ def test_the_report_compares_item_by_item() -> None:
     said = worked.shown({name: {"held": {"right": held[name]}, "tokens": tokens[name]} for name in held})
     assert "right: 75% [30%, 95%] n=4" in said and "tuned against base, long prompt, right: +25%" in said
     assert "prompt shortened by 92.0%" in said
+
+
+@pytest.mark.slow  # a training of a minute of processor time
+def test_the_headlines_really_train(tmp_path: Path) -> None:
+    """On the embedded base, as the script has it but in process: the answers to headlines that it has not seen are valid JSON."""
+    pytest.importorskip("peft")
+    import headlines
+    import worked
+
+    from saddlepoint import models
+    from saddlepoint.errors import ModelError
+    from saddlepoint.finetuning.data import check
+    from saddlepoint.finetuning.plan import Spec, resolved
+    from saddlepoint.finetuning.train import train
+    from saddlepoint.targets.hf import HF
+    from saddlepoint.types import Message, Query, Sampling
+
+    base = "smollm2-135m-instruct"
+    try:
+        models.pull(base)
+    except ModelError as wrong:
+        pytest.skip(f"the base cannot be had: {wrong}")
+    training = check((ROOT / "data" / "headlines.train.jsonl").read_bytes()).records
+    done = train(Spec(base, **resolved("supervised", headlines.EXAMPLE.hyperparameters, len(training))), training, (), tmp_path / "out")
+    assert done
+
+    def ask(model: str, chats: Sequence[Any]) -> list[worked.Answer]:
+        queries = [Query(tuple(Message(t["role"], t["content"]) for t in chat), Sampling(headlines.EXAMPLE.max_tokens)) for chat in chats]
+        return [worked.Answer(answer.text, answer.prompt_tokens) for answer in HF.load(model).generate(queries)]
+
+    items = worked.lines("headlines.validation.jsonl")
+    found = worked.measured(headlines.EXAMPLE, ask, base, str(done.folder), items)
+    rates = {name: {measure: sum(held) / len(held) for measure, held in row["held"].items()} for name, row in found.items()}
+    assert rates["tuned, short prompt"]["valid JSON with the exact fields"] >= 0.95 > 0.05 > rates["base, short prompt"]["all fields right"]
+    assert rates["tuned, short prompt"]["all fields right"] > rates["base, long prompt"]["all fields right"] + 0.2
+    assert found["tuned, short prompt"]["tokens"] < 0.1 * found["base, long prompt"]["tokens"]
