@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,21 @@ def test_what_is_not_there_is_an_error_and_worth_nothing() -> None:
 def test_a_template_that_names_no_variable_is_refused(hole: str) -> None:
     with pytest.raises(UsageError, match="is no variable; there are"):
         grader_types.read(check("eq", hole))
+
+
+def test_templates_do_not_blow_up() -> None:
+    began = time.monotonic()
+    long = '{"x": "' + "a" * 90_000 + '"}'
+    for template in (
+        "{{sample.output_text}}" * 4000,
+        "{{sample.output_json.x}}" * 4000,
+        "{{" * 50_000,
+        "{{ " * 30_000,
+        "{{item.a}}" * 9000,
+    ):
+        assert worth(check("eq", template), long, {"a": "b"}).errors.keys() <= {"truncated"}
+    assert set(worth(check("eq", "{{sample.output_text}}" * 2), long).errors) == {"truncated"}
+    assert time.monotonic() - began < 5
 
 
 @given(st.text(max_size=40), st.dictionaries(st.sampled_from(["a", "wanted"]), JUNK, max_size=2))

@@ -14,7 +14,7 @@ from saddlepoint.errors import UsageError
 from saddlepoint.finetuning import formula
 from saddlepoint.finetuning.similarity import METRICS
 
-HOLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+HOLE = re.compile(r"\{\{([^{}]*)\}\}")
 VARIABLE = re.compile(r" *(item|sample)((?:\.[\w-]+|\[\d{1,6}\])+) *")
 _SAMPLE = re.compile(r"\.output_text|\.output_json(?:[.\[].*)?")
 
@@ -118,14 +118,17 @@ class ScoreModel(_Grader):
         return _object("result", {"type": "number", "minimum": low, "maximum": high})
 
 
+Label = Annotated[str, Field(min_length=1, max_length=200)]
+
+
 class LabelModel(_Grader):
     """1 or 0: whether the label that a model gives is one of `passing_labels`."""
 
     type: Literal["label_model"]
     model: str
     input: Annotated[tuple[Turn, ...], Field(min_length=1)]
-    labels: Annotated[tuple[str, ...], Field(min_length=1)]
-    passing_labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
+    passing_labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
     sampling_params: Drawn = Drawn()
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from saddlepoint.errors import SaddlepointError
@@ -15,7 +16,10 @@ from saddlepoint.types import Chat, Completion, Message, Sampling
 
 Ask = Callable[[str, Chat, Sampling, Mapping[str, Any]], Completion]
 """Asks a model, by its name, a chat whose answer should be JSON of a schema. Raises SaddlepointError where there is no such model."""
-Error = Literal["formula", "sample_parse", "invalid_variable", "model_server", "model_refusal", "model_parse", "other"]
+Error = Literal["formula", "sample_parse", "invalid_variable", "truncated", "model_server", "model_refusal", "model_parse", "other"]
+OF_THE_ANSWER: frozenset[Error] = frozenset({"sample_parse", "invalid_variable", "truncated"})
+"""Errors that say something of the answer: it is worth 0. After any other it is not known what it is worth."""
+LONGEST = 100_000  # characters of a template with what is filled in
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?![\w.]*\w)")
 
 
@@ -64,6 +68,8 @@ def _single(grader: StringCheck | TextSimilarity | ScoreModel | LabelModel, samp
         return _asked(grader, tuple(Message(_role(turn.role), filled(turn.text)) for turn in grader.input), ask)
     except _NotJson as wrong:
         return Graded(0.0, errors={"sample_parse": str(wrong)})
+    except _TooLong as wrong:
+        return Graded(0.0, errors={"truncated": str(wrong)})
     except LookupError as wrong:
         return Graded(0.0, errors={"invalid_variable": str(wrong.args[0])})
     except SaddlepointError as wrong:
@@ -131,6 +137,9 @@ def _role(role: str) -> Literal["system", "user", "assistant"]:
 class _NotJson(ValueError): ...
 
 
+class _TooLong(ValueError): ...
+
+
 @dataclass(frozen=True)
 class _Filled:
     """Fills templates in for one answer. What is filled in is never read as a template itself."""
@@ -139,8 +148,18 @@ class _Filled:
     item: Mapping[str, Any]
 
     def __call__(self, template: str) -> str:
+        size = len(template)
+
+        def put(hole: re.Match[str]) -> str:
+            nonlocal size
+            text = _written(self._value(hole[1]))
+            size += len(text)
+            if size > LONGEST:
+                raise _TooLong(f"{{{{{hole[1]}}}}} makes a text of more than {LONGEST} characters")
+            return text
+
         # Half a character, which JSON may hold, would break what measures likeness.
-        return HOLE.sub(lambda hole: _written(self._value(hole[1])), template).encode("utf-8", "replace").decode()
+        return HOLE.sub(put, template).encode("utf-8", "replace").decode()
 
     def _value(self, variable: str) -> Any:
         found = VARIABLE.fullmatch(variable)
@@ -148,10 +167,12 @@ class _Filled:
         namespace, path = found.groups()
         if namespace == "item":
             return at(self.item, path)
-        if path == ".output_text":
-            return self.sample
+        return self.sample if path == ".output_text" else at(self._json, path.removeprefix(".output_json"))
+
+    @cached_property
+    def _json(self) -> Any:
         try:
-            return at(json.loads(self.sample), path.removeprefix(".output_json"))
+            return json.loads(self.sample)
         except (ValueError, RecursionError) as wrong:
             raise _NotJson(f"the answer is not JSON: {wrong}") from None
 

@@ -30,7 +30,7 @@ from saddlepoint.errors import MissingExtraError, TrainingError, UsageError
 from saddlepoint.finetuning import checkpoints, grader_types
 from saddlepoint.finetuning.checkpoints import State
 from saddlepoint.finetuning.data import Record
-from saddlepoint.finetuning.graders import grade
+from saddlepoint.finetuning.graders import OF_THE_ANSWER, grade
 from saddlepoint.finetuning.plan import Event, Result, Saved, Spec, Step
 from saddlepoint.finetuning.train import ALPHA, KEPT, RANK, _csv, never
 from saddlepoint.reinforcement import UNWEIGHED, settings
@@ -176,7 +176,7 @@ class _Learning(TrainerCallback):  # type: ignore[misc]  # trl's way to hear of 
     def _worth(self, record: Record, text: str) -> float | None:
         """The reward; None where the grader failed, not the answer."""
         graded = grade(self.grader, text, record.item, self._ask)
-        return None if graded.errors.keys() - {"sample_parse", "invalid_variable"} else graded.reward
+        return None if graded.errors.keys() - OF_THE_ANSWER else graded.reward
 
     def _ask(self, name: str, chat: Chat, sampling: Sampling, shape: Mapping[str, Any]) -> Completion:
         query = Query(chat, sampling, shaping=Shaping(grammar=json.dumps(shape)))

@@ -22,7 +22,7 @@ from saddlepoint.types import Chat, Completion, Query, Sampling, Shaping
 FLAGS: Mapping[str, Error | None] = {
     "formula_parse_error": "formula",
     "sample_parse_error": "sample_parse",
-    "truncated_observation_error": None,
+    "truncated_observation_error": "truncated",
     "unresponsive_reward_error": None,
     "invalid_variable_error": "invalid_variable",
     "other_error": "other",
