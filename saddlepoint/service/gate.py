@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +23,7 @@ from saddlepoint.service.meters import Meters
 OPEN = frozenset({"/health"})  # needs no key
 UPLOADS = re.compile(r"/v1/(files|uploads/[^/]+/parts)")  # bodies that are passed on as they come
 FRAME = 1 << 16  # bytes around a file that is uploaded
+LINGER = 5.0  # seconds in which the rest of a body that is too large may still come, and is not kept
 PACE = 1 << 16  # bytes a second that an upload has to keep up, once `upload_seconds` are over
 LOCAL = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})
 
@@ -197,30 +199,47 @@ class Gate:
             pace: Bytes of what has come that buy another second; 0 is none.
         """
         too_large = ApiError(413, f"the body is larger than {most} bytes", "request_too_large", headers={"connection": "close"})
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if not length.isdigit() or len(length) > 12 or int(length) > most:
-            raise too_large
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        over = not length.isdigit() or len(length) > 12 or int(length) > most
         began, size, whole = asyncio.get_running_loop().time(), 0, False
 
         async def come() -> Message:
             nonlocal size, whole
             if whole:
                 return await receive()
-            try:
-                async with asyncio.timeout_at(began + self.upload_seconds + (size / pace if pace else 0)):
-                    message = await receive()
-            except TimeoutError:
-                said = f"the body did not come within {self.upload_seconds:g} s" + (f", nor at {pace} bytes a second" if pace else "")
-                raise ApiError(408, said, "request_timeout", headers={"connection": "close", "x-should-retry": "false"}) from None
-            if message["type"] == "http.disconnect":
-                raise ApiError(400, "the request broke off", "broken_off")
-            size += len(message.get("body", b""))
-            if size > most:
+            message: Message = {}
+            if not over:
+                message = await self._next(receive, began, size, pace)
+                size += len(message.get("body", b""))
+                whole = not message.get("more_body")
+            if over or size > most:
+                if not whole and b"expect" not in headers:  # else nothing is sent before it is asked for
+                    await _rest(receive)
                 raise too_large
-            whole = not message.get("more_body")
             return message
 
         return come
+
+    async def _next(self, receive: Receive, began: float, size: int, pace: int) -> Message:
+        """What comes next of a body of which `size` bytes have come."""
+        try:
+            async with asyncio.timeout_at(began + self.upload_seconds + (size / pace if pace else 0)):
+                message = await receive()
+        except TimeoutError:
+            said = f"the body did not come within {self.upload_seconds:g} s" + (f", nor at {pace} bytes a second" if pace else "")
+            raise ApiError(408, said, "request_timeout", headers={"connection": "close", "x-should-retry": "false"}) from None
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the request broke off", "broken_off")
+        return message
+
+
+async def _rest(receive: Receive) -> None:
+    """Let what is still sent go by, for a while: a client that is hung up on while it sends reads no answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await receive()).get("more_body"):
+                pass
 
 
 async def _send(send: Send, wrong: ApiError) -> None:
