@@ -23,12 +23,14 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from saddlepoint.errors import TrainingError, UsageError  # noqa: E402
+from saddlepoint.finetuning import learner as learning  # noqa: E402
 from saddlepoint.finetuning import packed  # noqa: E402
 from saddlepoint.finetuning import train as engine  # noqa: E402
 from saddlepoint.finetuning.data import Record, check, epochs  # noqa: E402
 from saddlepoint.finetuning.first_token import first_token_constraint  # noqa: E402
 from saddlepoint.finetuning.fused import fuse  # noqa: E402
 from saddlepoint.finetuning.masks import encoded  # noqa: E402
+from saddlepoint.finetuning.objectives import gradient  # noqa: E402
 from saddlepoint.finetuning.train import Event, Note, Result, Saved, Spec, Step, resolved, train  # noqa: E402
 from saddlepoint.recipes.dpo import margins  # noqa: E402
 from saddlepoint.targets.hf import HF  # noqa: E402
@@ -166,9 +168,9 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error(tiny_folder: Path) -
 
 
 @pytest.fixture
-def learner(spec: Spec) -> engine.Learner:
+def learner(spec: Spec) -> learning.Learner:
     """A model whose adapter already says something."""
-    made = engine._learner(HF.load(spec.base, dtype="float32"), replace(spec, method="dpo"))
+    made = learning.learner(HF.load(spec.base, dtype="float32"), replace(spec, method="dpo"))
     torch.manual_seed(1)
     with torch.no_grad():
         for p in made.working:
@@ -176,11 +178,11 @@ def learner(spec: Spec) -> engine.Learner:
     return made
 
 
-def masters(learner: engine.Learner) -> Any:
+def masters(learner: learning.Learner) -> Any:
     return torch.cat([p.detach().float().flatten() for p in learner.working])
 
 
-def test_loss_and_gradient_are_those_of_transformers_on_the_same_batch(spec: Spec, learner: engine.Learner) -> None:
+def test_loss_and_gradient_are_those_of_transformers_on_the_same_batch(spec: Spec, learner: learning.Learner) -> None:
     """Padded rows with labels through the library's own loss and peft's own layers."""
     model = HF.load(spec.base, dtype="float32").model
     peer = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -198,14 +200,14 @@ def test_loss_and_gradient_are_those_of_transformers_on_the_same_batch(spec: Spe
     out = peer(input_ids=ids, attention_mask=mask, labels=labels)
     right = (out.logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100].float().mean()
     expected = torch.autograd.grad(out.loss, list(theirs.values()))
-    gradient, loss, accuracy = engine._gradient(spec, learner, batch, masters(learner), lambda: None)
+    slope, loss, accuracy = gradient(spec, learner, batch, masters(learner), lambda: None)
     assert loss == pytest.approx(out.loss.item(), rel=1e-5)
     assert accuracy == pytest.approx(float(right))
     wanted = torch.cat([g.flatten() for g in expected])
-    assert float((gradient - wanted).norm() / wanted.norm()) < 1e-4
+    assert float((slope - wanted).norm() / wanted.norm()) < 1e-4
 
 
-def test_the_model_reads_packed_rows_and_says_so(learner: engine.Learner) -> None:
+def test_the_model_reads_packed_rows_and_says_so(learner: learning.Learner) -> None:
     assert learner.model.model.config._attn_implementation == packed.NAME
     assert fuse(learner.wrapped) == (14, 5)  # seven linear layers and two norms in each of two blocks, and the last norm
 
@@ -227,7 +229,7 @@ def test_a_model_that_mixes_tokens_in_other_ways_reads_padded_rows(tiny_folder: 
 
 
 @pytest.mark.parametrize("short", [8, 256])
-def test_long_rows_take_the_fused_kernel_and_agree(learner: engine.Learner, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_rows_take_the_fused_kernel_and_agree(learner: learning.Learner, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "SHORT", short)
     batch = [encoded(learner.model, r) for r in chats(5)]
     found, _ = packed.losses(learner.model, batch)
@@ -235,9 +237,9 @@ def test_long_rows_take_the_fused_kernel_and_agree(learner: engine.Learner, shor
     assert torch.allclose(found, nll(learner.model, batch), atol=1e-4)
 
 
-def test_dpo_is_the_recipes_loss_on_the_same_pairs(spec: Spec, learner: engine.Learner) -> None:
+def test_dpo_is_the_recipes_loss_on_the_same_pairs(spec: Spec, learner: learning.Learner) -> None:
     batch = [encoded(learner.model, r) for r in pairs(5)]
-    found, loss, accuracy = engine._gradient(replace(spec, method="dpo", beta=0.3), learner, batch, masters(learner), lambda: None)
+    found, loss, accuracy = gradient(replace(spec, method="dpo", beta=0.3), learner, batch, masters(learner), lambda: None)
     learner.model.model.config._attn_implementation = "sdpa"  # the recipe reads padded rows
     margin = margins(learner.model, batch, Clock(0, 1, random.Random(0), learner.wrapped))  # a fresh adapter adds nothing
     expected = -F.logsigmoid(0.3 * margin).mean()
@@ -247,9 +249,9 @@ def test_dpo_is_the_recipes_loss_on_the_same_pairs(spec: Spec, learner: engine.L
     assert float((found - wanted).norm() / wanted.norm()) < 1e-3
 
 
-def test_the_constraint_is_that_of_first_token(spec: Spec, learner: engine.Learner) -> None:
+def test_the_constraint_is_that_of_first_token(spec: Spec, learner: learning.Learner) -> None:
     batch = [encoded(learner.model, r) for r in chats(6)]
-    found, loss, _ = engine._gradient(replace(spec, constraint=True), learner, batch, masters(learner), lambda: None)
+    found, loss, _ = gradient(replace(spec, constraint=True), learner, batch, masters(learner), lambda: None)
     learner.model.model.config._attn_implementation = "sdpa"
     expected = first_token_constraint(learner.model, batch, Clock(0, 1, random.Random(0), learner.wrapped))
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(expected, learner.working)])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from saddlepoint.finetuning.head import head_loss
 from saddlepoint.targets._tree import NotShared
 from saddlepoint.targets.hf import HF
 from saddlepoint.training import Encoded
@@ -23,8 +24,6 @@ from saddlepoint.training import Encoded
 NAME = "saddlepoint_packed"
 PART = 1024  # tokens of one pass: enough for a core, little memory, and it ends within a second or two
 SHORT = 256  # up to so many tokens, products of whole rows are several times faster on a processor than the fused kernel's blocks
-LOGITS = 1 << 23  # logits at once
-CACHED = 1 << 19  # of these in float32
 _now = threading.local()
 
 
@@ -99,7 +98,7 @@ def losses(model: HF, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         hidden = states.flatten(0, 1)
         flat = torch.tensor([token for own in labels for token in (own + [-100] * states.shape[1])[: states.shape[1]]], device=model.device)
     at = (flat != -100).nonzero().flatten()
-    return _head(model, hidden[at], flat[at])
+    return head_loss(model, hidden[at], flat[at])
 
 
 def _beginning(rows: Sequence[list[int]], labels: Sequence[list[int]]) -> int:
@@ -190,54 +189,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-def _head(model: HF, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods and hits of labels (trained,) by the hidden states (trained, width) before them."""
-    size = max(1, LOGITS // len(model.embedding))
-    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-    if any(p.requires_grad for p in model.model.get_output_embeddings().parameters()):
-        made = [(F.cross_entropy(logits := model.head(h), y, reduction="none"), logits.argmax(-1) == y) for h, y in chunks]
-    else:
-        made = [_HeadLoss.apply(h, y, model) for h, y in chunks]  # type: ignore[no-untyped-call]
-    return torch.cat([nll for nll, _ in made]), torch.cat([hit for _, hit in made])
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy behind a frozen head. A token's loss depends on its own hidden state only, so the gradient is made at once and scaled later."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, model: HF) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[0]
-        with torch.set_grad_enabled(wanted):
-            own = hidden.detach().requires_grad_(wanted)
-            logits = model.model.get_output_embeddings()(own)
-        slope = torch.empty_like(logits) if wanted else None
-        found = []
-        for at in torch.split(torch.arange(len(labels)), max(1, CACHED // logits.shape[1])):  # in float32, a few rows at a time
-            rows = slice(int(at[0]), int(at[-1]) + 1)
-            with torch.set_grad_enabled(wanted):
-                raw = logits[rows].detach().requires_grad_(wanted)
-                scaled = model._scaled(raw)
-            with torch.no_grad():
-                p = scaled.softmax(-1)
-                top = p.argmax(-1, keepdim=True)
-                label = labels[rows, None]
-                # The logarithm of the sum, by the largest term, whose probability is far from 0.
-                nll = scaled.gather(1, top) - p.gather(1, top).log() - scaled.gather(1, label)
-            found.append((nll[:, 0], (top == label)[:, 0]))
-            if slope is not None:
-                (slope[rows],) = torch.autograd.grad(scaled, raw, p.scatter_add_(1, label, -torch.ones_like(nll)))
-        if slope is not None:
-            ctx.save_for_backward(*torch.autograd.grad(logits, own, slope))
-        nlls, hits = (torch.cat(column) for column in zip(*found, strict=True))
-        ctx.mark_non_differentiable(hits)
-        return nlls, hits
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        (by_hidden,) = ctx.saved_tensors
-        return (grad[:, None] * by_hidden).to(by_hidden.dtype), None, None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)

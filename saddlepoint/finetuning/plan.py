@@ -9,6 +9,7 @@ from saddlepoint.errors import UsageError
 from saddlepoint.finetuning.data import epochs as epochs_of
 
 Method = Literal["supervised", "dpo", "reinforcement"]
+RANK, ALPHA = 16, 32  # of a LoRA, on every linear layer
 LIMITS = {"n_epochs": (1, 50), "batch_size": (1, 256), "learning_rate_multiplier": (0.0, 1000.0), "beta": (0.0, 2.0)}
 
 
