@@ -257,6 +257,15 @@ def test_a_file_that_is_too_large_is_refused_while_it_comes(tmp_path: Path, monk
         assert list((tmp_path / "files" / "partial").iterdir()) == [] and len(client.files.list().data) == 1
 
 
+def test_an_error_is_read_though_the_file_is_large(url: str, client: Any) -> None:
+    large = b"x" * 40_000_000
+    with openai.OpenAI(base_url=url, api_key="sk-of-nobody-0123456789", max_retries=0) as nobody:
+        assert refused(openai.AuthenticationError, uploaded, nobody, large)["code"] == "invalid_api_key"
+    refused(openai.NotFoundError, client.uploads.parts.create, "upload_none", data=large)
+    answer = httpx.post(f"{url}/files", content=large, headers={"authorization": f"Bearer {KEYS['me']}", "content-type": "text/plain"})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_content_type"
+
+
 def test_a_large_file_is_never_held_in_memory(tmp_path: Path) -> None:
     import resource
 

@@ -23,7 +23,7 @@ from saddlepoint.service.meters import Meters
 OPEN = frozenset({"/health"})  # needs no key
 UPLOADS = re.compile(r"/v1/(files|uploads/[^/]+/parts)")  # bodies that are passed on as they come
 FRAME = 1 << 16  # bytes around a file that is uploaded
-LINGER = 5.0  # seconds in which the rest of a body that is too large may still come, and is not kept
+LINGER = 5.0  # seconds in which the rest of a body that nobody wants may still come, and is not kept
 PACE = 1 << 16  # bytes a second that an upload has to keep up, once `upload_seconds` are over
 LOCAL = frozenset({"127.0.0.1", "localhost", "[::1]", "testserver"})
 
@@ -117,19 +117,30 @@ class Gate:
         state["began"] = time.monotonic()
         state["endings"] = []  # called when the request is over, however it ended
         begun: list[int] = []
+        headers = dict(scope["headers"])
+        # Who asks before it sends (Expect) has sent nothing, where nobody took the body.
+        unread = b"expect" not in headers and not {b"content-length", b"transfer-encoding"}.isdisjoint(headers)
+
+        async def take() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 begun.append(message["status"])
+                if unread and message["status"] != 408:
+                    await _rest(take)
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", state["request_id"].encode())]}
             await send(message)
 
         try:
             self._admit(scope, state)
             if self.max_file and scope["method"] == "POST" and UPLOADS.fullmatch(scope["path"]):
-                come = self._uploaded(scope, receive)
+                come = self._uploaded(scope, take)
             else:
-                come = self._replayed(await self._body(scope, receive), receive)
+                come = self._replayed(await self._body(scope, take), take)
         except ApiError as wrong:
             await _send(answer, wrong)
         else:
@@ -199,8 +210,7 @@ class Gate:
             pace: Bytes of what has come that buy another second; 0 is none.
         """
         too_large = ApiError(413, f"the body is larger than {most} bytes", "request_too_large", headers={"connection": "close"})
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
+        length = dict(scope["headers"]).get(b"content-length", b"0")
         over = not length.isdigit() or len(length) > 12 or int(length) > most
         began, size, whole = asyncio.get_running_loop().time(), 0, False
 
@@ -208,14 +218,12 @@ class Gate:
             nonlocal size, whole
             if whole:
                 return await receive()
-            message: Message = {}
-            if not over:
-                message = await self._next(receive, began, size, pace)
-                size += len(message.get("body", b""))
-                whole = not message.get("more_body")
-            if over or size > most:
-                if not whole and b"expect" not in headers:  # else nothing is sent before it is asked for
-                    await _rest(receive)
+            if over:
+                raise too_large
+            message = await self._next(receive, began, size, pace)
+            size += len(message.get("body", b""))
+            whole = not message.get("more_body")
+            if size > most:
                 raise too_large
             return message
 
