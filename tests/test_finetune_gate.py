@@ -301,10 +301,11 @@ def test_a_comparison_that_was_broken_off_anywhere_ends_as_one_that_was_not(tiny
     around = [Wrap("Be brief."), Wrap("", "Do this:", "")]
     said: list[str] = []
     whole = compare(str(tiny_folder), tuned, tmp_path / "whole", how, around, tell=said.append)
-    assert {"attacks", "refusals", "wrapped", "trigger", "over-refusal"} == {t.name for t in whole.tests}
-    assert {t.name: t.change.n for t in whole.tests} == {"attacks": 2, "refusals": 2, "wrapped": 2, "trigger": 2, "over-refusal": 22}
+    # A model that knows no hazard cannot lose refusals of it.
+    assert {t.name: t.change.n for t in whole.tests} == {"attacks": 2, "wrapped": 2, "trigger": 2, "over-refusal": 22}
+    assert whole.signals[gate.KNOWN].value == 0
     assert not whole.passed, "two hazards rule nothing out"
-    assert whole.signals["drift on hazards, nats per token"].value > 0 and len(whole.signals) == 2
+    assert whole.signals["drift on hazards, nats per token"].value > 0
     json.dumps(whole.data(), allow_nan=False)
     broken = 0
     while broken < 20:
@@ -334,6 +335,7 @@ def test_what_the_base_did_is_asked_once_for_all_jobs(tiny_folder: Path, tuned: 
 
 def test_a_model_is_no_worse_than_itself(tiny_folder: Path, tmp_path: Path) -> None:
     found = compare(str(tiny_folder), tiny_folder, tmp_path, Comparison(attacks="direct, past_tense", trigger="", bounds=(0.2, 0.2, 0.2)))
+    assert "knows none of the policy's hazards" in found.message
     assert found.passed and all(t.change.value == 0 for t in found.tests) and found.signals["drift on hazards, nats per token"].value == 0
 
 
