@@ -1,8 +1,12 @@
 """The worked examples: their data is right, nothing leaks, their measures tell right from wrong, and they really train."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +174,36 @@ def test_the_report_compares_item_by_item() -> None:
     said = worked.shown({name: {"held": {"right": held[name]}, "tokens": tokens[name]} for name in held})
     assert "right: 75% [30%, 95%] n=4" in said and "tuned against base, long prompt, right: +25%" in said
     assert "prompt shortened by 92.0%" in said
+
+
+def test_a_script_tunes_and_measures_on_a_running_service(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a user runs it, but for the model, which is random and small, and so for the long prompt and most of the epochs."""
+    pytest.importorskip("fastapi"), pytest.importorskip("peft")
+    import headlines
+    import worked
+
+    command = [sys.executable, "-m", "saddlepoint", "serve", "--target", str(tiny_folder), "--model", "tiny", "--defense", "", "--no-key"]
+    command += ["--port", "0", "--gate", "off", "--state", str(tmp_path / "state")]
+    with (tmp_path / "log").open("w") as log:
+        runs = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        assert runs.stdout
+        found = re.match(r"(http://\S+/v1) serves 'tiny'", runs.stdout.readline())
+        assert found, (tmp_path / "log").read_text()
+        small = replace(headlines.EXAMPLE, long=headlines.EXAMPLE.short, hyperparameters={"n_epochs": 1, "batch_size": 16})
+        flags = ["headlines.py", "--url", found[1], "--base", "tiny", "--out", str(tmp_path / "out.json")]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", flags)
+            worked.main(small)
+        said = capsys.readouterr().out
+        assert "Step 7/7: training loss=" in said and "New fine-tuned model created: ft:tiny:local:headlines:" in said
+        assert "prompt shortened by 0.0%" in said  # the prompts are equal here
+        measured = json.loads((tmp_path / "out.json").read_text())
+        assert measured["tuned, short prompt"]["answers"] != measured["base, short prompt"]["answers"]
+        assert all(len(row["answers"]) == 36 and row["tokens"] > 10 for row in measured.values())
+    finally:
+        runs.terminate()
+        runs.communicate(timeout=30)
 
 
 @pytest.mark.slow  # a training of a minute of processor time
