@@ -84,6 +84,7 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     threading.Thread(target=hears.serve_forever, daemon=True).start()
     (folder / "keys").write_text("".join(f"{name}:{key}\n" for name, key in KEYS.items()))
     command = [sys.executable, "-m", "saddlepoint", "serve", "--target", str(tiny_folder), "--model", "tiny", "--defense", "hidden_text"]
+    command += ["--target", str(tiny_folder), "--model", "second"]
     command += ["--port", "0", "--key-file", str(folder / "keys"), "--state", str(folder / "state"), "--gate", "off", "--max-tokens", "16"]
     command += ["--webhook", f"http://127.0.0.1:{hears.server_port}/hook"]
     with (folder / "log").open("wb") as log:
@@ -215,7 +216,8 @@ def test_checkpoints_are_listed_and_callable(client: Any, job: Any) -> None:
 
 
 def test_the_new_model_is_served_beside_its_base(client: Any, world: World, job: Any) -> None:
-    assert {"tiny", job.fine_tuned_model} <= {model.id for model in client.models.list()}
+    assert {"tiny", "second", job.fine_tuned_model} <= {model.id for model in client.models.list()}
+    assert client.chat.completions.create(model="second", messages=ASKED, max_tokens=4).model == "second"
     said = {}
     for name in ("tiny", job.fine_tuned_model):
         answer = client.chat.completions.create(model=name, messages=ASKED, max_tokens=12, temperature=0, logprobs=True, top_logprobs=2)
