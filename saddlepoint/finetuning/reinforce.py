@@ -31,8 +31,8 @@ from saddlepoint.finetuning import checkpoints, grader_types
 from saddlepoint.finetuning.checkpoints import State
 from saddlepoint.finetuning.data import Record
 from saddlepoint.finetuning.graders import OF_THE_ANSWER, grade
-from saddlepoint.finetuning.plan import Event, Result, Saved, Spec, Step
-from saddlepoint.finetuning.train import ALPHA, KEPT, RANK, _csv, never
+from saddlepoint.finetuning.plan import ALPHA, RANK, Event, Result, Saved, Spec, Step
+from saddlepoint.finetuning.train import KEPT, _csv, never
 from saddlepoint.reinforcement import UNWEIGHED, settings
 from saddlepoint.targets import open_target
 from saddlepoint.targets.hf import HF
