@@ -128,6 +128,14 @@ def test_weights_are_shared(base: HF, beside: list[HF]) -> None:
     assert base._decoding._mixture and {p.data_ptr() for p in base._decoding._mixture._twin.parameters()} == mine
 
 
+def test_what_a_prompt_begins_with_is_known_for_its_own_adapter_only(base: HF, tiny: HF, beside: list[HF], merged: list[HF]) -> None:
+    text = "Please tell me what the weather is like in the north. The weather is cold and the wind is strong. " * 3
+    for end in ("tea", "fox"):
+        for ours, theirs in ((base, tiny), *zip(beside, merged, strict=True)):
+            query = Query(user(text + end), Sampling(12, top_logprobs=1))
+            assert same(joined(list(ours.stream(query))), theirs.generate([query])[0])
+
+
 def test_rows_join_and_leave_among_others(base: HF, tiny: HF, beside: list[HF], merged: list[HF]) -> None:
     long = Query(user(TEXTS[2]), Sampling(120, 0.9, 1.0, 1))
     pieces = beside[0].stream(long)

@@ -14,7 +14,7 @@ from saddlepoint.defenses._stack import REFUSED, admit, release, rewrite, with_r
 from saddlepoint.defenses._stream import Said, joined, stream
 from saddlepoint.registry import Method, defense
 from saddlepoint.targets.scripted import Scripted
-from saddlepoint.types import Chat, Check, Completion, Query, Sampling, Streaming, Target, user
+from saddlepoint.types import Chat, Check, Completion, Message, Query, Sampling, Streaming, Target, user
 
 if TYPE_CHECKING:
     from saddlepoint.targets.hf import HF
@@ -99,6 +99,47 @@ def test_many_at_once_give_what_each_gives_alone_and_none_waits_for_another(tiny
     assert [a.text for a in alone] == [joined(found[i]).text for i in range(len(queries))]
     assert [a.finish for a in alone] == [found[i][-1].finish for i in range(len(queries))]
     assert rested(tiny)
+
+
+LONG = "Please tell me what the weather is like in the north. The weather is cold and the wind is strong. " * 4
+
+
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(tiny_folder: Path) -> None:
+    import torch
+
+    from saddlepoint.targets.hf import HF
+
+    queries = [Query(user(LONG + end), Sampling(20, 1.0, 1.0, 3, 1)) for end in ("tea", "the fox", "tea")]
+    queries.append(Query((*user(LONG + "tea"), Message("assistant", "Sure."), Message("user", "And now?")), Sampling(20, top_logprobs=1)))
+    own = HF.load(str(tiny_folder), dtype="float32", device="cpu")
+    read: list[int] = []
+    own.model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True)
+    found, prompts = [], []
+    for query in queries:
+        read.clear()
+        found.append(joined(list(own.stream(query))))
+        prompts.append([n for n in read if n > 1])
+    lengths = [len(own.prompt_ids(query.chat)) for query in queries]
+    assert lengths[0] > 128 and prompts[0][:3] == [32, 32, 64] and sum(prompts[0]) == lengths[0]
+    assert [sum(p) for p in prompts[1:]] == [n - 128 for n in lengths[1:]]  # the rest alone
+    for query, answer in zip(queries, found, strict=True):
+        fresh = HF.load(str(tiny_folder), dtype="float32", device="cpu")
+        assert joined(list(fresh.stream(query))) == answer  # to the last bit, known or not
+        whole = fresh.generate([query])[0]
+        assert whole.text == answer.text and [p for _, p in whole.drawn] == pytest.approx([p for _, p in answer.drawn], abs=1e-4)
+    with torch.no_grad():
+        own.model.model.embed_tokens.weight.add_(0.05 * torch.randn(own.embedding.shape, generator=torch.Generator().manual_seed(0)))
+    own.forget()
+    assert joined(list(own.stream(queries[0]))).text == own.generate([queries[0]])[0].text != found[0].text
+
+
+def test_only_so_much_is_kept_of_what_prompts_begin_with(tiny: "HF") -> None:
+    from saddlepoint.targets._prefix import MOST
+
+    for i in range(MOST // 128 + 4):
+        next(tiny.stream(Query(user(f"{i} {LONG}"), Sampling(2))))
+    kept = [part[0][0].shape[2] for _, part in tiny._decoding._prefixes._parts.values()]
+    assert MOST - 128 < sum(kept) <= MOST
 
 
 def test_streams_take_turns_by_tokens(tiny: "HF") -> None:

@@ -1,7 +1,7 @@
 """Answers that are written a token at a time, all that are under way in one batch, which rows join and leave between steps.
 
-A row's prompt is read by itself, so its first token does not depend on what shares the batch; then its keys and values, padded
-on the left, join those of the others. One thread makes the steps for all, so that none is served before another, and sleeps when
+A row's prompt is read by itself, so its first token does not depend on what shares the batch; what it begins with may be known from another
+(see `_prefix.py`). Then its keys and values, padded on the left, join those of the others. One thread makes the steps for all, so that none is served before another, and sleeps when
 nothing is asked. Caches that cannot be padded (sliding windows, states) are stepped row by row, in turns.
 """
 
@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from saddlepoint.targets._lora import Adapter, Mixture
+from saddlepoint.targets._prefix import Prefixes, borders
 
 READ_AT_ONCE = 512  # prompt tokens that may be read between two steps, so that long prompts do not hold up who is being answered
 
@@ -98,6 +99,7 @@ class Decoding:
     def __init__(self, model: Any, ends: frozenset[int], lock: Any):
         self.model, self.ends, self.lock = model, ends, lock
         self._mixture: Mixture | None = None  # made when the first adapter comes
+        self._prefixes = Prefixes()
         self._batches: list[_Batch] = []
         self._new: list[Row] = []
         self._guard = threading.Lock()
@@ -157,21 +159,48 @@ class Decoding:
             self._forward(batch, ids, batch.mask.sum(1, keepdim=True) - 1)
         for row in new:
             if not row.ended:
-                ids = torch.tensor([row.prompt], device=self.model.device)
-                batch = _Batch([row], DynamicCache(config=self.model.config), torch.ones_like(ids))
-                self._forward(batch, ids, torch.arange(ids.shape[1], device=ids.device)[None])
-                self._batches.append(batch)
+                self._batches.append(self._read(row))
         plain = [batch for batch in self._batches if all(type(layer) is DynamicLayer for layer in batch.cache.layers)]
         if len(plain) > 1:
             self._batches = [batch for batch in self._batches if batch not in plain] + [_joined(plain)]
 
+    def _read(self, row: Row) -> _Batch:
+        """A batch of a new row, whose first token is drawn."""
+        cache, start = DynamicCache(config=self.model.config), 0
+        if all(type(layer) is DynamicLayer for layer in cache.layers):
+            start = self._prefixes.known(row.adapter, row.prompt, cache)
+            for end in [end for end in borders(len(row.prompt)) if end > start]:
+                self._logits([row], *self._part(row.prompt, start, end), None, cache)
+                self._prefixes.keep(row.adapter, row.prompt, start, end, cache)
+                start = end
+        ids, at = self._part(row.prompt, start, len(row.prompt))
+        batch = _Batch([row], cache, torch.ones((1, len(row.prompt)), dtype=torch.long, device=ids.device))
+        self._forward(batch, ids, at)
+        return batch
+
+    def _part(self, prompt: list[int], start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Token ids and positions (1, end - start)."""
+        device = self.model.device
+        return torch.tensor([prompt[start:end]], device=device), torch.arange(start, end, device=device)[None]
+
+    def forget(self) -> None:
+        """Drop what was read, for the weights have changed."""
+        with self.lock:
+            self._prefixes.forget()
+
     def _forward(self, batch: _Batch, ids: Tensor, at: Tensor) -> None:
         mask = None if bool(batch.mask.all()) else batch.mask  # as generate does: without padding the attention takes another way
-        model = self._mixture.chosen([row.adapter for row in batch.rows]) if self._mixture else self.model
-        out = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=batch.cache, use_cache=True, logits_to_keep=1)
-        logits = out.logits[:, -1].float()
+        logits = self._logits(batch.rows, ids, at, mask, batch.cache)
         for r, row in enumerate(batch.rows):
             row.draw(logits[r : r + 1], self.ends)
+
+    def _logits(self, rows: list[Row], ids: Tensor, at: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:
+        """float32 (rows, vocabulary): the logits behind the last of `ids`, which are now in the cache too."""
+        model = self._mixture.chosen([row.adapter for row in rows]) if self._mixture else self.model
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # a slice would not be contiguous, for which torch copies the whole head
+        out = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
 
 
 def _first(waiting: list[Row]) -> tuple[list[Row], list[Row]]:

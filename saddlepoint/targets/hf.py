@@ -565,6 +565,8 @@ class HF:
     def forget(self) -> None:
         """Drop the keys of the last row: whoever changes the weights calls it, for they were computed with the old ones."""
         self._near = None
+        if self._begun:
+            self._begun.forget()
 
     def _pass(self, keys: Keys | None, branches: Sequence[Branch], at: Tensor, **inputs: Tensor) -> Tensor:
         """Hidden states (tokens, width) of packed branches, whose tokens have the positions `at`."""
