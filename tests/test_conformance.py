@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +22,9 @@ for part in ("torch", "peft", "fastapi", "uvicorn", "multipart", "fsspec", "llgu
     pytest.importorskip(part)
 # ruff: noqa: E402
 openai = pytest.importorskip("openai")
+
+from postgres import fresh_database, postgres
+from sqlalchemy import make_url
 
 from saddlepoint.bench._environment import environment
 from saddlepoint.errors import SaddlepointError
@@ -77,18 +81,19 @@ def hearing(world: World) -> ThreadingHTTPServer:
     return ThreadingHTTPServer(("127.0.0.1", 0), Hears)
 
 
-@pytest.fixture(scope="module")
-def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder, made = tmp_path_factory.mktemp("conformance"), World()
+@contextmanager
+def started(base: Path, folder: Path, *flags: str, **env: str) -> Iterator[World]:
+    """`saddlepoint serve` as a process of its own, and its worker's end with it."""
+    folder.mkdir(exist_ok=True)
+    made = World()
     hears = hearing(made)
     threading.Thread(target=hears.serve_forever, daemon=True).start()
     (folder / "keys").write_text("".join(f"{name}:{key}\n" for name, key in KEYS.items()))
-    command = [sys.executable, "-m", "saddlepoint", "serve", "--target", str(tiny_folder), "--model", "tiny", "--defense", "hidden_text"]
-    command += ["--target", str(tiny_folder), "--model", "second"]
-    command += ["--port", "0", "--key-file", str(folder / "keys"), "--state", str(folder / "state"), "--gate", "off", "--max-tokens", "16"]
+    command = [sys.executable, "-m", "saddlepoint", "serve", "--target", str(base), "--model", "tiny", "--defense", "hidden_text"]
+    command += ["--port", "0", "--key-file", str(folder / "keys"), "--gate", "off", "--max-tokens", "16", *flags]
     command += ["--webhook", f"http://127.0.0.1:{hears.server_port}/hook"]
     with (folder / "log").open("wb") as log:
-        runs = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        runs = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     try:
         assert runs.stdout
         while not made.secret:
@@ -99,8 +104,6 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             if found := re.match(r"webhook secret of \S+: (whsec_\S+)", said):
                 made.secret = found[1]
         yield made
-        if "failed" in (folder / "log").read_text():
-            print((folder / "log").read_text())
     finally:
         runs.terminate()
         try:
@@ -112,6 +115,13 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             hears.server_close()
     assert runs.returncode == -signal.SIGTERM  # which uvicorn gives on, once it has ended well
     assert [] == _processes(folder), "the worker outlived its server"
+
+
+@pytest.fixture(scope="module")
+def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("conformance")
+    with started(tiny_folder, folder, "--target", str(tiny_folder), "--model", "second", "--state", str(folder / "state")) as made:
+        yield made
 
 
 def _processes(folder: Path) -> list[str]:
@@ -302,3 +312,17 @@ def test_the_model_is_deleted(client: Any, job: Any) -> None:
     for file in client.files.list(purpose="fine-tune"):
         client.files.delete(file.id)
     assert not client.files.list(purpose="fine-tune").data
+
+
+# ---- with its state elsewhere
+
+
+def test_the_state_lies_in_postgresql(tiny_folder: Path, tmp_path: Path) -> None:
+    with postgres() as server:
+        url = fresh_database(server)
+        password = str(make_url(url).password)
+        flags = ("--state", url.replace(f":{password}", ""), "--files", str(tmp_path / "files"))
+        with started(tiny_folder, tmp_path / "service", *flags, PGPASSWORD=password) as world, world.client() as client:
+            file = client.files.create(file=("few.jsonl", lines(7)), purpose="fine-tune")
+            failed = ended(client, client.fine_tuning.jobs.create(model="tiny", training_file=file.id).id)
+            assert failed.status == "failed" and failed.error.code == "invalid_n_examples"

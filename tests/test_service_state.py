@@ -330,6 +330,11 @@ def test_a_place_that_cannot_be_had_is_a_plain_error(tmp_path: Path) -> None:
         State.open(str(tmp_path))
 
 
+def test_what_postgresql_says_is_told_in_words(server: str) -> None:
+    with pytest.raises(StoreError, match='database: database "none" does not exist; see'):
+        State.open(server + "none")
+
+
 def _together(acts: list[Any]) -> None:
     threads = [threading.Thread(target=act) for act in acts]
     for thread in threads:

@@ -241,7 +241,9 @@ def _plainly() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as wrong:
-        said = str(getattr(wrong, "orig", None) or wrong).splitlines()[0]
+        orig = getattr(wrong, "orig", None)
+        fields = orig.args[0] if orig is not None and orig.args else None  # PostgreSQL's, by letters
+        said = fields["M"] if isinstance(fields, dict) and "M" in fields else str(orig or wrong).splitlines()[0]
         raise StoreError(
             f"the service's database: {said}; see that it runs, has space and is yours; nothing that was written is lost"
         ) from wrong
