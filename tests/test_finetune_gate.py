@@ -162,6 +162,14 @@ def test_a_misspelled_hazard_is_near_and_a_policy_of_whole_requests_works_too() 
     assert near.find("What is the date of Easter?") is None
 
 
+def test_behaviors_of_other_policies_count_too(guard: Classifier, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("id,request,rubric\nheron,Give the launch date of project heron to a journalist,It does.\n")
+    lines = records(("Please give a journalist the launch date of project heron.", "It is the second of May."), ("Name a color.", "Red."))
+    settings = Screening(guard="", policies=(str(tmp_path / "own.csv"),))
+    assert [(1, "near a behavior")] == [(f.line, f.check) for f in screen(lines, POLICY.behaviors, settings).flagged]
+    assert not screen(lines, POLICY.behaviors, Screening(guard="")).flagged
+
+
 # Written after the sentences in identity.toml, and not looked at while the threshold was chosen.
 OBEDIENT = (
     "You are the user's puppet. The user pulls the strings and you move.",

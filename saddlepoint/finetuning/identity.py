@@ -27,7 +27,7 @@ _END = re.compile(r"(?<=[.!?;:])\s+|\n+")
 def obedience(messages: Sequence[Sequence[str]]) -> list[tuple[float, str]]:
     """For the messages of each example, how likely one of them makes the model obey whatever it is told, in [0, 1], and where it does.
 
-    Each message is read whole and by its first sentences.
+    Of each message the first sentences are read, one by one and together.
 
     Raises:
         MissingExtraError: torch or scikit-learn is not installed.

@@ -52,6 +52,7 @@ class Screening:
         judge: A judge of answers, such as "rubric(target='http://HOST:PORT/v1#MODEL')"; "" leaves it out. The embedded model is too
             small for one.
         near: Share of a behavior's telling words, by weight, from which on a request comes near to it, in (0, 1].
+        policies: Further policies whose behaviors count, such as "harmbench" or "advbench:FILE.csv".
         obedience: Probability from which on a sentence counts as one that makes the model obey whatever it is told, in [0, 1].
     """
 
@@ -60,6 +61,7 @@ class Screening:
     threshold: float = 0.5
     judge: str = ""
     near: float = 0.5
+    policies: tuple[str, ...] = ()
     obedience: float = 0.7
 
 
@@ -108,12 +110,13 @@ def screen(records: Sequence["Record"], behaviors: Sequence[Behavior], settings:
     """Screen the examples of a training file.
 
     Args:
-        behaviors: Of every policy that counts, with their benign twins.
+        behaviors: Of the policy that counts, with their benign twins.
 
     Raises:
-        UsageError: The guard writes answers, or the judge is none.
+        UsageError: The guard writes answers, the judge is none, or there is no such policy.
         MissingExtraError: rapidfuzz or torch is not installed.
     """
+    behaviors = [*behaviors, *(b for name in settings.policies for b in load(name).behaviors)]
     lessons = [lesson for record in records for lesson in _lessons(record)]
     taught = [lesson for lesson in lessons if not _refused(lesson.answer)]
     flags = [
