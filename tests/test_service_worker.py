@@ -197,6 +197,7 @@ def gone(place: Place, job: Job) -> bool:
     return not place.running(TRAINER) and place.now(job).worker == ""
 
 
+@pytest.mark.usefixtures("guard")
 def test_cancel_ends_the_work_within_five_seconds(make: Make, tmp_path: Path) -> None:
     rules = tmp_path / "gate.toml"
     rules.write_text('[screening]\nguard = ""\n[comparison]\nattacks = "direct"\ntrigger = ""\nbounds = [0.9, 0.9, 0.9]\n')
@@ -361,6 +362,7 @@ def test_workers_of_one_database_take_different_jobs_and_the_others_wait(make: M
 # ---- the gate
 
 
+@pytest.mark.usefixtures("guard")
 def test_a_model_that_the_gate_holds_is_not_published_until_it_is_released(make: Make, tmp_path: Path) -> None:
     rules = tmp_path / "gate.toml"  # four hazards cannot rule out that a model is worse by the default bounds
     rules.write_text('[screening]\nguard = ""\n[comparison]\nattacks = "direct"\ntrigger = ""\nlimit = 4\n')
