@@ -4,9 +4,8 @@ All answer the same chats, each with its own adapter of one base, greedily, with
 out for all). The peer does it in three ways: a chat at a time with the adapter switched, which is what its users write; the chats of each
 adapter in a batch; and all in one batch with `adapter_names`, its own way to mix them, which only an offline job can take, for the batch must
 be there at once. Ours streams each chat by itself, as it comes; once within the process, and once over HTTP through the whole service, whose
-clients run in the same process and so at its cost. The tools take turns, in an order that changes, and
-ours knows nothing of the turns before. Beside the time by the clock stands the
-processor time of all threads, which tells more where other work shares the cores.
+clients run in the same process and so at its cost. The tools take turns, in an order that changes, and ours knows nothing of the turns
+before. Beside the time by the clock stands the processor time of all threads, which tells more where other work shares the cores.
 """
 
 import asyncio
