@@ -55,7 +55,10 @@ def serve(
         str, typer.Option(help="Another server generates: http://HOST:PORT/v1#MODEL, which loads LoRA adapters as vLLM does.")
     ] = "",
     gate: Annotated[
-        str, typer.Option(help="The policy by which fine-tuned models are tested; 'off' publishes them untested.")
+        str,
+        typer.Option(
+            help="The policy by which fine-tuned models are tested, or a TOML file that says more; 'off' publishes them untested."
+        ),
     ] = "fictional",
 ) -> None:
     """Serve models behind their guards, and fine-tune them, over the protocol of OpenAI."""
@@ -65,13 +68,17 @@ def serve(
         from saddlepoint.service.blocks import BlockLog
         from saddlepoint.service.chat import Served
         from saddlepoint.service.gate import Keys, fresh_key
+        from saddlepoint.service.gating import rules
         from saddlepoint.service.routing import Tuning, home
         from saddlepoint.service.server import listening, server
+        from saddlepoint.service.setting import OFF
         from saddlepoint.service.upstream import Upstream
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"serving needs {missing.name}: pip install 'saddlepoint[serve]'") from missing
     if no_key and key_file:
         raise UsageError("--no-key and --key-file are given; give one of them")
+    if not no_tuning and gate != OFF:
+        rules(gate)  # what is wrong with it is told at once, not by each job
     names = [*model, *target[len(model) :]]
     if len(model) > len(target) or len(set(names)) < len(names):
         raise UsageError(f"there are {len(target)} --target and {len(model)} --model; each target needs one name of its own")

@@ -63,7 +63,7 @@ def rules(gate: str) -> Rules:
     for name, table in [("", Rules), *tables.items()]:
         unknown = sorted(set(given.get(name, {}) if name else given) - {field.name for field in fields(table)})
         if unknown:
-            where = f" in [{name}]" if name else ""
+            where = f" in [{name}]" if name else f" (a policy's file is named in one of the gate: [comparison] policy = '{gate}')"
             raise UsageError(f"--gate {gate}: no '{unknown[0]}'{where}; allowed: {', '.join(field.name for field in fields(table))}")
     try:
         found = TypeAdapter(Rules).validate_python(given)
