@@ -22,25 +22,24 @@ def encoded(model: HF, record: "Record") -> Encoded:
     Raises:
         TrainingError: No token of it would be trained on, or the template writes a turn otherwise once others follow.
     """
-    if record.preferred:
+    if record.preferred or record.rejected:
         pair = [_chat(model, (*record.chat, Message("assistant", text)), record.line) for text in (record.preferred, record.rejected)]
         return Encoded(pair[0].ids, pair[0].learned, 1.0, pair[1])
     if record.chat:
         return _chat(model, record.chat, record.line, record.learned)
-    prompt = opening(model, record.prompt)
-    return _cut(model, [(prompt, False), ([*model.ids(record.completion), model.tokenizer.eos_token_id], True)], record.line)
-
-
-def opening(model: HF, prompt: str) -> list[int]:
-    """The tokens of a bare prompt, with what the tokenizer puts before every text; an empty one is the token that begins a text."""
-    ids: list[int] = model.tokenizer(prompt)["input_ids"]
-    return (ids[:-1] if ids and ids[-1] == model.tokenizer.eos_token_id and not prompt.endswith(model.tokenizer.eos_token) else ids) or (
-        model.prompt_ids(())
+    return _cut(
+        model, [(opening(model, record.prompt), False), ([*model.ids(record.completion), model.tokenizer.eos_token_id], True)], record.line
     )
 
 
+def opening(model: HF, prompt: str) -> list[int]:
+    """The tokens of a bare prompt, as it is served: the token that begins a text, then its own."""
+    return [*model.prompt_ids(()), *model.ids(prompt)]
+
+
 def _chat(model: HF, chat: Chat, line: int, learned: tuple[bool, ...] = ()) -> Encoded:
-    turns = [{"role": m.role, "content": m.text} for m in chat]
+    # A special token that a message spells is its text, as it is when the model is served: no line can forge a turn.
+    turns, ids = [{"role": m.role, "content": model._plain.marked(m.text)} for m in chat], model._plain.ids
     whole = _written(model, turns, line)
     pieces: list[tuple[list[int], bool]] = []
     at = 0
@@ -53,11 +52,11 @@ def _chat(model: HF, chat: Chat, line: int, learned: tuple[bool, ...] = ()) -> E
                 f"line {line}: the template of '{model.name}' writes message {i + 1} otherwise when it stands last than when others follow, "
                 "so its tokens cannot be told; give it weight 0, or make it the last message of a line of its own"
             )
-        own = model.ids(upto[len(before) :])
+        own = ids(upto[len(before) :])
         end = max((k for k, token in enumerate(own) if token in model.ends), default=len(own) - 1) + 1
-        pieces += [(model.ids(whole[at : len(before)]), False), (own[:end], True), (own[end:], False)]
+        pieces += [(ids(whole[at : len(before)]), False), (own[:end], True), (own[end:], False)]
         at = len(upto)
-    return _cut(model, [*pieces, (model.ids(whole[at:]), False)], line)
+    return _cut(model, [*pieces, (ids(whole[at:]), False)], line)
 
 
 def _written(model: HF, turns: list[dict[str, str]], line: int, **how: Any) -> str:
