@@ -42,8 +42,9 @@ def on_lifeline(ended: Callable[[], None]) -> None:
     """In a child: call `ended` from a thread once the lifeline closes."""
 
     def watch() -> None:
-        while os.read(0, 1024):
-            pass
+        with suppress(OSError):
+            while os.read(0, 1024):
+                pass
         ended()
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
@@ -70,7 +71,7 @@ def kept_running(module: str, *arguments: str) -> Iterator[None]:
         keeper.join()
         ask_to_end(child)
         with suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE + 2)
+            child.wait(GRACE + 5)  # a little longer than it gives its own children
         kill(child)
 
 
