@@ -437,6 +437,7 @@ def test_a_job_is_what_the_contract_says(client: Any) -> None:
             {"learning_rate_multiplier": 0.5},
         ),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1, "n_epochs": 2}}}}, "dpo", {"beta": 0.1, "n_epochs": 2}),
+        ({"hyperparameters": {"full": True}}, "supervised", {"full": True, "n_epochs": "auto"}),
         (
             {
                 "method": {

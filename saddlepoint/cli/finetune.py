@@ -93,6 +93,7 @@ def finetune_create(
     batch: Annotated[int | None, typer.Option("--batch-size", min=1, help="Examples of a step; the server's rule if not given.")] = None,
     rate: Annotated[float | None, typer.Option("--learning-rate-multiplier", help="The server's rule if not given.")] = None,
     beta: Annotated[float | None, typer.Option(help="Of dpo; the server's rule if not given.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight in place of a LoRA (saddlepoint serve only).")] = False,
     grader: Annotated[Path | None, typer.Option(help="Of reinforcement: a JSON file with the grader.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The server draws one if not given.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be given several times.")] = None,
@@ -104,7 +105,7 @@ def finetune_create(
 ) -> None:
     """Upload the files and create a job. Exit code 1 if the job that is followed does not succeed."""
     formats = [_checked(name, least) for name, least in ((training, LEAST), (validation, 1)) if checked and name and Path(name).is_file()]
-    given = {"n_epochs": epochs, "batch_size": batch, "learning_rate_multiplier": rate, "beta": beta}
+    given = {"n_epochs": epochs, "batch_size": batch, "learning_rate_multiplier": rate, "beta": beta, "full": full or None}
     about: dict[str, Any] = {"hyperparameters": {name: value for name, value in given.items() if value is not None}}
     kind = method or {"preference": "dpo", "reinforcement": "reinforcement"}.get(formats[0] if formats else "", "supervised")
     if grader:

@@ -12,7 +12,7 @@ from saddlepoint.service.records import Checkpoint, Job, JobEvent
 from saddlepoint.service.routing import Body, Text
 
 ORGANIZATION = "org-local"
-TRAINED = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta")  # hyperparameters that this service's trainings have
+TRAINED = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta", "full")  # hyperparameters that this service's trainings have
 
 Auto = Literal["auto"]
 
@@ -30,11 +30,12 @@ Object = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Hyperparameters(Body):
-    """Of every method; "auto" is decided when the examples are counted."""
+    """Of every method; "auto" is decided when the examples are counted. `full` is this server's own: every weight in place of a LoRA."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+    full: bool | None = None
 
 
 class PreferenceHyperparameters(Hyperparameters):
@@ -42,6 +43,7 @@ class PreferenceHyperparameters(Hyperparameters):
 
 
 class ReinforcementHyperparameters(Hyperparameters):
+    full: None = None  # it trains a LoRA only
     reasoning_effort: Literal["default", "low", "medium", "high"] | None = None
     compute_multiplier: Auto | Annotated[float, Field(gt=1e-5, le=10)] | None = None
     eval_interval: Auto | Annotated[int, Field(ge=1, le=2**31)] | None = None
