@@ -429,3 +429,32 @@ def test_a_place_for_files_that_cannot_be_had_is_a_plain_error(tmp_path: Path) -
     for wrong in ("nosuchprotocol://x", str(tmp_path / "file" / "below")):
         with pytest.raises(UsageError, match="--files"):
             Blobs(wrong)
+
+
+class Reset:
+    """The socket of a connection that the other side has reset."""
+
+    def __init__(self, sock: Any):
+        self.sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+    def read(self, size: int) -> bytes:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_a_connection_that_was_reset_is_made_anew_and_one_that_is_reset_in_between_is_an_error_in_words(server: str) -> None:
+    state = State.open(fresh_database(server))
+    with state._engine.connect() as db:
+        own = db.connection.dbapi_connection
+        own._sock = Reset(own._sock)  # type: ignore[union-attr]
+        with pytest.raises(ConnectionResetError):
+            own.cursor().execute("select 1")  # type: ignore[union-attr]
+    assert state.jobs(None) == ([], False), "the pool asks before it lends, and makes another"
+    with pytest.raises(StoreError, match="Connection reset"), writing(state._engine) as db:
+        own = db.connection.dbapi_connection
+        own._sock = Reset(own._sock)  # type: ignore[union-attr]
+        db.execute(update(NOTE).values(value=1))
+    assert state.jobs(None) == ([], False)
+    state.close()

@@ -5,8 +5,9 @@ Several servers and workers may use one database at a time. Times are seconds si
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    ExceptionContext,
     Float,
     Index,
     Integer,
@@ -210,7 +212,24 @@ def connected(place: str) -> Engine:
     if sqlite:
         event.listen(engine, "connect", _durable)
         event.listen(engine, "begin", lambda db: db.exec_driver_sql(db.get_execution_options().get("begins", "BEGIN")))
+    else:
+        engine.dialect.do_ping = partial(_pinged, engine.dialect.do_ping, engine.dialect.loaded_dbapi)  # type: ignore[method-assign]
+        event.listen(engine, "handle_error", _cut)
     return engine
+
+
+def _pinged(ping: Callable[[Any], bool], driver: Any, connection: Any) -> bool:
+    """A ping that fails as pg8000's own errors do: of a connection that was reset it lets the socket's error through."""
+    try:
+        return ping(connection)
+    except ConnectionError as wrong:
+        raise driver.InterfaceError("network error") from wrong
+
+
+def _cut(about: ExceptionContext) -> None:
+    """A connection whose socket failed is not used again."""
+    if isinstance(about.original_exception, ConnectionError):
+        about.is_disconnect = True
 
 
 def _durable(connection: Any, _: Any) -> None:
@@ -240,7 +259,7 @@ def writing(engine: Engine, alone: bool = False) -> Iterator[Connection]:
 def _plainly() -> Iterator[None]:
     try:
         yield
-    except SQLAlchemyError as wrong:
+    except (SQLAlchemyError, ConnectionError) as wrong:
         orig = getattr(wrong, "orig", None)
         fields = orig.args[0] if orig is not None and orig.args else None  # PostgreSQL's, by letters
         said = fields["M"] if isinstance(fields, dict) and "M" in fields else str(orig or wrong).splitlines()[0]
