@@ -158,7 +158,7 @@ def test_an_example_is_cut_at_the_context_and_that_is_told(spec: Spec, tiny: HF,
     made = encoded(tiny, long)
     assert 512 == len(made.ids) == len(made.learned) and made.learned[-1] == -100
     told, result = run(replace(spec, epochs=1), tmp_path, [long, *chats(2)], [])
-    assert Note("1 of 3 examples fill the context of 512 tokens; what lies beyond is cut off") == told[0]
+    assert Note("1 of 3 examples fill the context of 512 tokens; what lies beyond is cut off: lines 1") == told[1]
     assert result and result.trained_tokens == 512 + sum(len(encoded(tiny, r).ids) for r in chats(2))
 
 

@@ -88,11 +88,16 @@ def test_a_job_tells_what_the_contract_says_in_its_order(whole: tuple[Place, Job
     place, job = whole
     events = place.events(job)
     plain = [e.message for e in events if e.level == "info" and e.type == "message"]
+    (counts,) = [e.data for e in events if e.data and "tokens" in e.data]
+    tokens, trained = counts["tokens"], counts["trained_tokens"]
+    assert tokens["min"] <= tokens["p5"] <= tokens["median"] <= tokens["p95"] <= tokens["max"] and 0 < trained["total"] < tokens["total"]
+    assert 10 * tokens["total"] == place.now(job).trained_tokens
     assert plain == [
         f"Created fine-tuning job: {job.id}",
         f"Validating training file: {job.training_file} and validation file: {job.validation_file}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
+        f"12 examples of {tokens['min']} to {tokens['max']} tokens, {tokens['total']} in all, of which {trained['total']} are trained on",
         *(f"Checkpoint created at step {6 * epoch}" for epoch in range(1, 11)),
         f"New fine-tuned model created: {job.name}",
         "The job has successfully completed",

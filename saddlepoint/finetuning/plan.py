@@ -77,9 +77,16 @@ class Saved:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that whoever started the training should read, such as how many examples were truncated."""
+    """Something that whoever started the training should read, such as how many examples were truncated.
+
+    Args:
+        data: The same for programs, as JSON values.
+        warns: Whether it may not be what was wanted.
+    """
 
     message: str
+    data: Mapping[str, Any] | None = None
+    warns: bool = True
 
 
 Event = Step | Saved | Note

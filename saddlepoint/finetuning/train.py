@@ -22,6 +22,7 @@ import torch
 from saddlepoint.errors import TrainingError, UsageError
 from saddlepoint.finetuning import checkpoints
 from saddlepoint.finetuning.checkpoints import State
+from saddlepoint.finetuning.counts import spread
 from saddlepoint.finetuning.learner import Learner, learner
 from saddlepoint.finetuning.masks import context, encoded
 from saddlepoint.finetuning.objectives import gradient, measured
@@ -90,9 +91,8 @@ def train(
     if state is None:
         weights = torch.cat([p.detach().float().flatten() for p in pupil.working])
         state = State(weights, torch.zeros_like(weights), torch.zeros_like(weights))
-        cut = sum(max(len(e.ids), len(e.rejected.ids) if e.rejected else 0) >= context(model) for e in lessons)
-        if cut:
-            tell(Note(f"{cut} of {len(lessons)} examples fill the context of {context(model)} tokens; what lies beyond is cut off"))
+        for note in _counted(training, lessons, context(model)):
+            tell(note)
     saved, cost = time.monotonic(), 0.0
 
     def save() -> None:
@@ -114,6 +114,19 @@ def train(
         return None
     tokens = sum(len(e.ids) + (len(e.rejected.ids) if e.rejected else 0) for e in lessons) * spec.epochs
     return Result(tokens, state.step, _csv(state.told), folder / f"checkpoint-{state.step}")
+
+
+def _counted(records: "Sequence[Record]", lessons: Sequence[Encoded], room: int) -> Iterator[Note]:
+    """How long the examples are, and which fill the context."""
+    texts = [[e, e.rejected] if e.rejected else [e] for e in lessons]
+    tokens = spread([sum(len(e.ids) for e in both) for both in texts])
+    trained = spread([sum(token != -100 for e in both for token in e.learned) for both in texts])
+    filled = [r.line for r, both in zip(records, texts, strict=True) if max(len(e.ids) for e in both) >= room]
+    said = f"{tokens.n} examples of {tokens.min} to {tokens.max} tokens, {tokens.total} in all, of which {trained.total} are trained on"
+    yield Note(said, {"tokens": asdict(tokens), "trained_tokens": asdict(trained), "truncated_lines": filled[:200]}, warns=False)
+    if filled:
+        shown = ", ".join(map(str, filled[:5])) + ", ..." * (len(filled) > 5)
+        yield Note(f"{len(filled)} of {tokens.n} examples fill the context of {room} tokens; what lies beyond is cut off: lines {shown}")
 
 
 def _key(e: Encoded) -> list[Any]:

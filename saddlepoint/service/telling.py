@@ -31,7 +31,7 @@ class Teller:
             state.checkpoint(job, event.step, numbers(event.metrics, self.rewards), manifest, worker=self.task.worker)
             self.task.blobs.put_folder(event.folder)  # the last other reference to one of them may have been deleted meanwhile
         elif isinstance(event, Note):
-            state.event(job, event.message, level="warn", key=event.message)
+            state.event(job, event.message, "warn" if event.warns else "info", data=event.data, key=event.message)
 
     def _estimate(self, step: Step) -> None:
         now = time.time()
