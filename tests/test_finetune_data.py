@@ -489,7 +489,7 @@ def test_other_formats_are_counted_too(tiny: "HF") -> None:
     assert graded.lengths == (len(tiny.prompt_ids(asked)),) and graded.trained.total == 0
 
     bare = measured(found(lines({"prompt": "The tea", "completion": " is green"}, {"prompt": "t" * 600, "completion": "x"})).records, tiny)
-    assert bare.lengths[0] == len(tiny.ids("The tea")) + len(tiny.ids(" is green")) + 1
+    assert bare.lengths[0] == 1 + len(tiny.ids("The tea")) + len(tiny.ids(" is green")) + 1  # what begins a text, and what ends it
     assert bare.trained.total == len(tiny.ids(" is green")) + 1 and [m.line for m in bare.mistakes] == [2]
 
 
