@@ -495,7 +495,9 @@ def test_eight_streams_at_once_are_all_alive(client: Any, world: World) -> None:
 
     def one(i: int) -> None:
         barrier.wait()
-        chunks = ask(client, text=f"{TEA} {i}", max_tokens=80, seed=10 + i, temperature=1.0, stream=True)  # with these no two tokens nearly tie
+        chunks = ask(
+            client, text=f"{TEA} {i}", max_tokens=80, seed=10 + i, temperature=1.0, stream=True
+        )  # with these no two tokens nearly tie
         said = []
         for chunk in chunks:
             if chunk.choices[0].delta.content:
