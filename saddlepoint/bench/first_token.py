@@ -19,6 +19,7 @@ from saddlepoint.loop import stacked
 from saddlepoint.metrics import mean
 from saddlepoint.policies import load, ordinary
 from saddlepoint.targets import open_target
+from saddlepoint.targets.hf import HF
 from saddlepoint.types import InputGuard, Query, Sampling, Target, user
 
 PAUSE = 0.02  # seconds between two requests
@@ -38,12 +39,12 @@ def bench(target: str, defense: str, policy: str, n: int, tell: Callable[[str], 
     guards = [layer for layer in layers(stack) if isinstance(layer, InputGuard)]
     queries = [Query(user(text), Sampling(2)) for text in texts[:n]]
     for query in queries[:5]:  # caches warm up
-        _first(bare, query), _first(stack, query)
+        _first(bare, bare, query), _first(stack, bare, query)
     rows, blocked = [], 0
     for i, query in enumerate(queries):
         row = {}
         for name, asked in [("without", bare), ("with", stack)][:: 1 if i % 2 else -1]:
-            row[name], stopped = _first(asked, query)
+            row[name], stopped = _first(asked, bare, query)
             blocked += stopped
         began = time.perf_counter()
         for guard in guards:
@@ -59,8 +60,10 @@ def bench(target: str, defense: str, policy: str, n: int, tell: Callable[[str], 
     return {**how, "ms": spread, "added": ratio, "added in pairs": paired}
 
 
-def _first(target: Target, query: Query) -> tuple[float, bool]:
-    """Milliseconds until the first text, and whether that was a refusal by a guard."""
+def _first(target: Target, bare: Target, query: Query) -> tuple[float, bool]:
+    """Milliseconds until the first text, and whether that was a refusal by a guard. What the model has read before is forgotten."""
+    if isinstance(bare, HF):
+        bare.forget()
     time.sleep(PAUSE)
     began = time.perf_counter()
     with closing(stream(target, query)) as pieces:
