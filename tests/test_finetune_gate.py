@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -64,6 +64,7 @@ def test_where_no_pair_changed_or_all_did_the_interval_is_wilsons(n: int) -> Non
     assert gate.paired(n, 0, n).low == pytest.approx(2 * low - 1, abs=0.05) and gate.paired(n, 0, n).high == 1
 
 
+@example((1, 0, 0), 0.99999)
 @given(counts, st.floats(0, 1))
 def test_part_of_a_pair_lies_between_none_and_a_whole_one(case: tuple[int, int, int], part: float) -> None:
     n, worse, better = case

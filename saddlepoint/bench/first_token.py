@@ -19,7 +19,6 @@ from saddlepoint.loop import stacked
 from saddlepoint.metrics import mean
 from saddlepoint.policies import load, ordinary
 from saddlepoint.targets import open_target
-from saddlepoint.targets.hf import HF
 from saddlepoint.types import InputGuard, Query, Sampling, Target, user
 
 PAUSE = 0.02  # seconds between two requests
@@ -62,7 +61,7 @@ def bench(target: str, defense: str, policy: str, n: int, tell: Callable[[str], 
 
 def _first(target: Target, bare: Target, query: Query) -> tuple[float, bool]:
     """Milliseconds until the first text, and whether that was a refusal by a guard. What the model has read before is forgotten."""
-    if isinstance(bare, HF):
+    if hasattr(bare, "forget"):
         bare.forget()
     time.sleep(PAUSE)
     began = time.perf_counter()

@@ -19,7 +19,7 @@ Source: Tango 1998, "Equivalence test and confidence interval for the difference
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -123,9 +123,15 @@ def paired(worse: float, better: float, n: int) -> Estimate:
     """
     value = (worse - better) / n
     # Where the score statistic is z or -z; it falls from -1 to 1, and at either end nothing is left to fall.
-    low = -1.0 if value <= _EDGE - 1 else brentq(lambda at: _score(worse, better, n, at) - _Z, _EDGE - 1, value)
-    high = 1.0 if value >= 1 - _EDGE else brentq(lambda at: _score(worse, better, n, at) + _Z, value, 1 - _EDGE)
-    return Estimate(value, float(low), float(high), n)
+    low = _crossing(lambda at: _score(worse, better, n, at) - _Z, value, -1 + _EDGE)
+    high = _crossing(lambda at: _score(worse, better, n, at) + _Z, value, 1 - _EDGE)
+    return Estimate(value, low, high, n)
+
+
+def _crossing(height: Callable[[float], float], start: float, edge: float) -> float:
+    """Where a function crosses zero on the way from `start` to the edge; the end of the range, -1 or 1, where it does not before it."""
+    inside = (edge - start) * edge > 0 and height(start) * height(edge) < 0
+    return float(brentq(height, start, edge)) if inside else math.copysign(1.0, edge)
 
 
 def _score(worse: float, better: float, n: int, change: float) -> float:
