@@ -139,6 +139,10 @@ class Store:
                 raise StoreError(f"{path}/run.db was broken off before its first record, or is no run; start one in another folder")
         return store
 
+    def close(self) -> None:
+        """Let go of its file, so that the folder can be moved."""
+        self._engine.dispose()
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the run for this process; the system lets go of it when the process ends, however it ends.
@@ -292,3 +296,12 @@ def _plainly(path: Path) -> Iterator[None]:
             else "check that the folder is yours and whole"
         )
         raise StoreError(f"{path}/run.db: {said}; nothing recorded is lost; {advice}, then: saddlepoint run --resume {path}") from wrong
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """While this is entered, no other process is in it with the same file; the system lets go of it when a process ends, however it ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

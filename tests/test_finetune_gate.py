@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from saddlepoint import policies
-from saddlepoint.errors import UsageError
+from saddlepoint.errors import StoreError, UsageError
 from saddlepoint.finetuning import gate
 from saddlepoint.finetuning.comparison import Comparison, compare
 from saddlepoint.finetuning.data import Record, check
@@ -340,6 +340,15 @@ def test_what_the_base_did_is_asked_once_for_all_jobs(tiny_folder: Path, tuned: 
     assert first == second and not any(str(tiny_folder) in line for line in said if line.startswith("opening"))
     compare(str(tiny_folder), tuned, tmp_path / "c", Comparison(attacks="direct", trigger="", limit=2), cache=tmp_path / "bases")
     assert len(list((tmp_path / "bases").glob("base-*/run.db"))) == 2, "another question is asked anew"
+
+
+def test_a_run_that_cannot_be_opened_is_told_and_not_removed(tiny_folder: Path, tmp_path: Path) -> None:
+    how = Comparison(attacks="direct", trigger="", limit=1)
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "run.db").write_bytes(b"no database, or one on a disk that fails")
+    with pytest.raises(StoreError, match=r"run\.db"):
+        compare(str(tiny_folder), tiny_folder, tmp_path, how)
+    assert (tmp_path / "tuned" / "run.db").read_bytes() == b"no database, or one on a disk that fails"
 
 
 def test_a_model_is_no_worse_than_itself(tiny_folder: Path, tmp_path: Path) -> None:

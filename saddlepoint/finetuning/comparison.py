@@ -15,12 +15,10 @@ Everything is asked by campaigns into stores, so each part goes on where it was 
 it. What the base did by itself is kept in a folder of its own and serves every later job.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,14 +26,14 @@ from typing import TYPE_CHECKING
 from saddlepoint import __version__, metrics
 from saddlepoint.campaign import run
 from saddlepoint.config import Config, read
-from saddlepoint.errors import StoreError, UsageError
+from saddlepoint.errors import UsageError
 from saddlepoint.finetuning.gate import KNOWN, Compared, Shares, decided, test
 from saddlepoint.finetuning.wraps import Wrap
 from saddlepoint.loop import Listener, campaign, execute
 from saddlepoint.metrics import Estimate
 from saddlepoint.policies import load
 from saddlepoint.registry import parse
-from saddlepoint.store import Store
+from saddlepoint.store import Store, alone
 from saddlepoint.targets import open_target
 from saddlepoint.types import Finding
 
@@ -124,7 +122,7 @@ def compare(
 
 
 def _scored(config: Config, place: Path, listen: Listener) -> Store:
-    with _alone(place):
+    with alone(place.with_name(f"{place.name}.lock")):
         store = _opened(place, config)
         if not store.read("done"):
             execute(config, store, listen)
@@ -138,7 +136,7 @@ def _triggers(run: Store) -> list[Path]:
 
 def _wrapped(config: Config, place: Path, wraps: Sequence[Wrap], artifacts: Sequence[Path], listen: Listener) -> Store:
     """Ask the hazards wrapped, and with the triggers that were found on the other model."""
-    with _alone(place):
+    with alone(place.with_name(f"{place.name}.lock")):
         store = _opened(place, config)
         if not store.read("done"):
             policy = load(config.policy)
@@ -234,20 +232,13 @@ def _key(base: str, settings: Comparison) -> str:
 
 
 def _opened(place: Path, config: Config) -> Store:
-    try:
-        return Store.open(place)
-    except StoreError:  # there is none, or it was broken off before its first record
-        shutil.rmtree(place, ignore_errors=True)
-        return Store.create(place, config.model_dump())
-
-
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Wait until no other process is at a folder; the system lets go of it when the process ends, however it ends."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f"{place.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """A run. It is begun beside its place and put there whole, so that what stands there need never be removed to begin anew."""
+    if not place.is_dir():
+        begun = place.with_name(f".{place.name}")
+        shutil.rmtree(begun, ignore_errors=True)
+        Store.create(begun, config.model_dump()).close()
+        begun.rename(place)
+    return Store.open(place)
 
 
 def _write(file: Path, text: str) -> None:

@@ -1,12 +1,10 @@
 """A claimed job and all that its trainer works with, and how what goes wrong with it ends."""
 
 import errno
-import fcntl
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -16,6 +14,7 @@ from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.records import Job
 from saddlepoint.service.setting import Setting
 from saddlepoint.service.state import Lost, State
+from saddlepoint.store import alone
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -64,7 +63,7 @@ class Task:
             StoreError, OSError: Of something that may be right the next time.
         """
         try:
-            with _alone(self.folder):
+            with alone(self.folder / "lock"):  # the job's last trainer may still be about to end
                 work(self)
         except Lost as wrong:
             log.info("%s", wrong)
@@ -97,12 +96,3 @@ class Task:
 def full(wrong: BaseException | None) -> bool:
     """Whether an exception, or one that led to it, comes of a full disk; libraries in other languages give only the words."""
     return wrong is not None and (any(os.strerror(code) in str(wrong) for code in FULL) or full(wrong.__cause__ or wrong.__context__))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While this is entered, no other process works in a folder: the job's last trainer may still be about to end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
