@@ -21,15 +21,15 @@ httpx = pytest.importorskip("httpx2")
 
 from postgres import fresh_database, postgres
 from sqlalchemy import text
+from test_serve import running
 
 from saddlepoint.cli import main
-from saddlepoint.service.app import Service, create
+from saddlepoint.service.app import Service
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.chat import Served
 from saddlepoint.service.gate import Keys
 from saddlepoint.service.records import Job
 from saddlepoint.service.routing import Tuning
-from saddlepoint.service.server import listening, server
 from saddlepoint.service.state import State
 from saddlepoint.targets.scripted import Scripted
 
@@ -43,17 +43,8 @@ BASE = "org/tiny"  # with a slash, as hub names have
 def serving(tuning: Tuning, keys: dict[str, str] | None = KEYS, **limits: Any) -> Iterator[str]:
     """A server on a free loopback port: its address up to /v1."""
     service = Service.of([Served(BASE, Scripted(lambda q: "said"))])
-    sock = listening("127.0.0.1", 0)
-    runs = server(create(service, Keys.of(keys) if keys else None, tuning=tuning, **limits))
-    thread = threading.Thread(target=runs.run, kwargs={"sockets": [sock]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
-    finally:
-        runs.should_exit = True
-        thread.join(20)
-        service.pool.shutdown()
-        assert not thread.is_alive()
+    with running(service, keys=Keys.of(keys) if keys else None, tuning=tuning, **limits) as url:
+        yield url
 
 
 def tuned(folder: Path, **more: Any) -> Tuning:

@@ -1,7 +1,11 @@
-"""What a training needs to go on, in one safetensors file that is there whole or not at all; nothing is pickled."""
+"""What a training needs to go on, in one safetensors file that is there whole or not at all; nothing is pickled.
+
+Beside it stand the training's last checkpoints, in folders `checkpoint-STEP`.
+"""
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from torch import Tensor
 
 from saddlepoint.errors import TrainingError
 from saddlepoint.finetuning.plan import Step
+
+KEPT = 3  # checkpoints of a training
 
 
 @dataclass
@@ -73,3 +79,15 @@ def load(folder: Path, run: str, device: torch.device) -> State | None:
         )
     pending = written["pending"] and (written["pending"][0], written["pending"][1])
     return State(weights, first, second, written["step"], [Step(**s) for s in written["told"]], pending)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the checkpoints that were being written when a process was killed."""
+    for left in folder.glob(".partial-*"):
+        shutil.rmtree(left)
+
+
+def keep_last(folder: Path) -> None:
+    """Drop all but the last checkpoints."""
+    for old in sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))[:-KEPT]:
+        shutil.rmtree(old)

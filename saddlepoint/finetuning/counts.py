@@ -77,9 +77,7 @@ def measured(records: Sequence[Record], model: "HF", tell: Callable[[int], None]
     Args:
         tell: Is told after each example how many are counted.
     """
-    from saddlepoint.finetuning.masks import context  # loads torch, which a file's rules do not need
-
-    room = context(model)
+    room = model.context
     lengths: list[int] = []
     trained: list[int] = []
     cut: list[Cut] = []
@@ -101,16 +99,16 @@ def measured(records: Sequence[Record], model: "HF", tell: Callable[[int], None]
 
 def _counted(model: "HF", record: Record) -> tuple[list[int], int]:
     """The tokens of each text that a record becomes, uncut, and how many of them are learned."""
-    from saddlepoint.finetuning.masks import context, encoded, opening
+    from saddlepoint.finetuning.masks import encoded  # loads torch, which a file's rules do not need
 
     if record.item:
         return [len(model.prompt_ids(record.chat))], 0
     whole = encoded(model, record)
     texts = [e for e in (whole, whole.rejected) if e]
     sides = [len(e.ids) for e in texts]
-    if max(sides) >= context(model):  # it may have been cut
+    if max(sides) >= model.context:  # it may have been cut
         answers = [(*record.chat, Message("assistant", text)) for text in (record.preferred, record.rejected) if text] or [record.chat]
         turns = [[{"role": m.role, "content": m.text} for m in chat] for chat in answers]
-        bare = len(opening(model, record.prompt)) + len(model.ids(record.completion)) + 1  # the token that ends it
+        bare = len(model.text_ids(record.prompt)) + len(model.ids(record.completion)) + 1  # the token that ends it
         sides = [len(model.ids(model.tokenizer.apply_chat_template(t, tokenize=False))) for t in turns] if record.chat else [bare]
     return sides, sum(token != -100 for e in texts for token in e.learned)

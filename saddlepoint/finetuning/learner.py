@@ -15,6 +15,7 @@ from saddlepoint.errors import UsageError
 from saddlepoint.finetuning.fused import fuse
 from saddlepoint.finetuning.packed import packs
 from saddlepoint.finetuning.plan import ALPHA, RANK, Spec
+from saddlepoint.targets._lora import WEIGHTS
 from saddlepoint.targets.hf import HF
 
 T = TypeVar("T")
@@ -84,10 +85,8 @@ def learner(model: HF, spec: Spec) -> Learner:
     if spec.full:
         model.model.requires_grad_(True)
     elif spec.start:
-        if not (Path(spec.start) / "adapter_model.safetensors").is_file():  # peft would go on to unpickle a .bin, or ask the hub
-            raise UsageError(f"{spec.start} holds no adapter_model.safetensors, so it is no adapter to go on from")
         try:
-            wrapped = PeftModel.from_pretrained(model.model, spec.start, is_trainable=True, autocast_adapter_dtype=False)
+            wrapped = PeftModel.from_pretrained(model.model, going_on(spec.start), is_trainable=True, autocast_adapter_dtype=False)
         except (RuntimeError, ValueError) as wrong:
             raise UsageError(f"the adapter {spec.start} does not fit '{spec.base}': {str(wrong).splitlines()[0]}") from wrong
     else:
@@ -103,3 +102,14 @@ def learner(model: HF, spec: Spec) -> Learner:
     asks = spec.constraint or spec.method == "dpo"
     streams = min(8, torch.get_num_threads()) if model.device.type == "cpu" else 1
     return Learner(model, wrapped, working, [p.detach().clone() for p in working] if asks else [], streams)
+
+
+def going_on(start: str) -> str:
+    """The folder of an adapter to go on from.
+
+    Raises:
+        UsageError: It holds none in safetensors; peft would go on to unpickle a .bin, or ask the hub.
+    """
+    if not (Path(start) / WEIGHTS).is_file():
+        raise UsageError(f"{start} holds no {WEIGHTS}, so it is no adapter to go on from")
+    return start

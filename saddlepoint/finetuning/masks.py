@@ -28,13 +28,8 @@ def encoded(model: HF, record: "Record") -> Encoded:
     if record.chat:
         return _chat(model, record.chat, record.line, record.learned)
     return _cut(
-        model, [(opening(model, record.prompt), False), ([*model.ids(record.completion), model.tokenizer.eos_token_id], True)], record.line
+        model, [(model.text_ids(record.prompt), False), ([*model.ids(record.completion), model.tokenizer.eos_token_id], True)], record.line
     )
-
-
-def opening(model: HF, prompt: str) -> list[int]:
-    """The tokens of a bare prompt, as it is served: the token that begins a text, then its own."""
-    return [*model.prompt_ids(()), *model.ids(prompt)]
 
 
 def _chat(model: HF, chat: Chat, line: int, learned: tuple[bool, ...] = ()) -> Encoded:
@@ -67,7 +62,7 @@ def _written(model: HF, turns: list[dict[str, str]], line: int, **how: Any) -> s
 
 
 def _cut(model: HF, pieces: list[tuple[list[int], bool]], line: int) -> Encoded:
-    room = context(model)
+    room = model.context
     ids = [token for piece, _ in pieces for token in piece][:room]
     trained = [token if own else -100 for piece, own in pieces for token in piece][:room]
     # Position i predicts token i + 1, so the labels begin one place early and the last position has none.
@@ -78,8 +73,3 @@ def _cut(model: HF, pieces: list[tuple[list[int], bool]], line: int) -> Encoded:
         )
         raise TrainingError(f"line {line}: no token would be trained on: {what}; take the line out or give it an answer within the context")
     return Encoded(ids, learned, 1.0)
-
-
-def context(model: HF) -> int:
-    """How many tokens of an example are read."""
-    return int(getattr(model.model.config, "max_position_embeddings", 1 << 30))

@@ -31,8 +31,9 @@ from saddlepoint.finetuning import checkpoints, grader_types
 from saddlepoint.finetuning.checkpoints import State
 from saddlepoint.finetuning.data import Record
 from saddlepoint.finetuning.graders import OF_THE_ANSWER, grade
+from saddlepoint.finetuning.learner import going_on
 from saddlepoint.finetuning.plan import ALPHA, RANK, Event, Result, Saved, Spec, Step
-from saddlepoint.finetuning.train import KEPT, _csv, never
+from saddlepoint.finetuning.train import Stopped, _csv, never
 from saddlepoint.reinforcement import UNWEIGHED, settings
 from saddlepoint.targets import open_target
 from saddlepoint.targets.hf import HF
@@ -43,10 +44,6 @@ LR = 5e-4  # of a LoRA at its peak; linear to 0
 BETA = 0.02  # weight of the KL penalty to the model that the training began with
 EACH = 4  # answers to an item: each is compared with the others
 MAX_TOKENS = 64  # of an answer
-
-
-class _Stopped(Exception):
-    """The training was told to stop."""
 
 
 def train(
@@ -78,8 +75,7 @@ def train(
             raise TrainingError(f"line {record.line} has no {field}, which the grader names; add it to every line")
     read = [[(r.chat, dict(r.item)) for r in part] for part in (training, validation)]
     run = hashlib.sha256(repr((spec, read)).encode()).hexdigest()
-    for left in folder.glob(".partial-*"):  # a checkpoint that was being written when the process was killed
-        shutil.rmtree(left)
+    checkpoints.sweep(folder)
     model = HF.load(spec.base)
     began = checkpoints.load(folder / "state", run, model.device)
     each = math.ceil(len(training) / spec.batch)
@@ -87,7 +83,7 @@ def train(
     if len(learning.told) < each * spec.epochs:
         try:
             learning.go()
-        except _Stopped:  # the state of the last whole update is kept already
+        except Stopped:  # the state of the last whole update is kept already
             return None
     tokens = sum(len(model.prompt_ids(r.chat)) for r in training) * EACH * spec.epochs
     steps = learning.told
@@ -150,9 +146,7 @@ class _Learning(TrainerCallback):  # type: ignore[misc]  # trl's way to hear of 
         adapter: dict[str, Any] = {"peft_config": LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")}
         start: Any = self.model.model
         if self.spec.start:
-            if not (Path(self.spec.start) / "adapter_model.safetensors").is_file():  # peft would go on to unpickle a .bin, or ask the hub
-                raise UsageError(f"{self.spec.start} holds no adapter_model.safetensors, so it is no adapter to go on from")
-            start, adapter = PeftModel.from_pretrained(start, self.spec.start, is_trainable=True), {}
+            start, adapter = PeftModel.from_pretrained(start, going_on(self.spec.start), is_trainable=True), {}
         trainer = GRPOTrainer(
             start,
             self._rewards,
@@ -189,7 +183,7 @@ class _Learning(TrainerCallback):  # type: ignore[misc]  # trl's way to hear of 
 
     def _look(self, *_: Any) -> None:
         if self.stop():
-            raise _Stopped
+            raise Stopped
 
     def _learned(self) -> list[tuple[Any, dict[str, Any]]]:
         """The weights that are trained, each with its moments."""
@@ -249,8 +243,7 @@ class _Learning(TrainerCallback):  # type: ignore[misc]  # trl's way to hear of 
         out = self.folder / f"checkpoint-{step.step}"
         _write(self.trainer.model, out, {"name": out.name, "base": based(self.spec.base, out), "step": step.step, "trained_on": []})
         shutil.rmtree(out / "ref", ignore_errors=True)  # trl's copy of the adapter that was gone on from
-        for old in sorted(self.folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))[:-KEPT]:
-            shutil.rmtree(old)
+        checkpoints.keep_last(self.folder)
         return out
 
 

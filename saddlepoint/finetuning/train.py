@@ -24,7 +24,7 @@ from saddlepoint.finetuning import checkpoints
 from saddlepoint.finetuning.checkpoints import State
 from saddlepoint.finetuning.counts import spread
 from saddlepoint.finetuning.learner import Learner, learner
-from saddlepoint.finetuning.masks import context, encoded
+from saddlepoint.finetuning.masks import encoded
 from saddlepoint.finetuning.objectives import gradient, measured
 from saddlepoint.finetuning.plan import ALPHA, RANK, Event, Note, Result, Saved, Spec, Step, resolved
 from saddlepoint.targets.hf import HF
@@ -37,7 +37,6 @@ __all__ = ["ALPHA", "RANK", "Event", "Note", "Result", "Saved", "Spec", "Step", 
 
 LR = {"supervised": 4e-4, "dpo": 1e-4}  # of a LoRA at its peak
 FULL = 0.05  # times that of a LoRA where every weight is trained
-KEPT = 3  # checkpoints
 EVERY = 5.0  # seconds between two states; more where writing one takes more than a twentieth of that
 
 
@@ -45,7 +44,7 @@ def never() -> bool:
     return False
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """The training was told to stop."""
 
 
@@ -84,14 +83,13 @@ def train(
     except TrainingError as wrong:
         raise TrainingError(str(wrong).replace(":", " of the validation examples:", 1)) from wrong
     run = hashlib.sha256(json.dumps([repr(spec), [[_key(e) for e in part] for part in (lessons, checks)]]).encode()).hexdigest()
-    for left in folder.glob(".partial-*"):  # a checkpoint that was being written when the process was killed
-        shutil.rmtree(left)
+    checkpoints.sweep(folder)
     pupil = learner(model, spec)
     state = checkpoints.load(folder / "state", run, model.device)
     if state is None:
         weights = torch.cat([p.detach().float().flatten() for p in pupil.working])
         state = State(weights, torch.zeros_like(weights), torch.zeros_like(weights))
-        for note in _counted(training, lessons, context(model)):
+        for note in _counted(training, lessons, model.context):
             tell(note)
     saved, cost = time.monotonic(), 0.0
 
@@ -109,7 +107,7 @@ def train(
                 save()
             elif time.monotonic() - saved > max(EVERY, 20 * cost):
                 save()
-    except _Stopped:
+    except Stopped:
         save()
         return None
     tokens = sum(len(e.ids) + (len(e.rejected.ids) if e.rejected else 0) for e in lessons) * spec.epochs
@@ -136,7 +134,7 @@ def _key(e: Encoded) -> list[Any]:
 def _checked(stop: Callable[[], bool]) -> Callable[[], None]:
     def check() -> None:
         if stop():
-            raise _Stopped
+            raise Stopped
 
     return check
 
@@ -147,7 +145,7 @@ def _steps(
     """Make the steps that `state` still has before it, and yield each. Between two of them the state is that of this moment.
 
     Raises:
-        _Stopped: By `check`; the state is then one to go on from.
+        Stopped: By `check`; the state is then one to go on from.
     """
     each = math.ceil(len(lessons) / spec.batch)
     steps = each * spec.epochs
@@ -212,9 +210,7 @@ def _checkpoint(spec: Spec, pupil: Learner, folder: Path, step: Step) -> Path:
         (unfinished / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         unfinished.rename(out)
-    kept = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
-    for old in kept[:-KEPT]:
-        shutil.rmtree(old)
+    checkpoints.keep_last(folder)
     return out
 
 

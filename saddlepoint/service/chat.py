@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from saddlepoint.defenses._stack import label, layers
@@ -79,12 +79,30 @@ def read(request: ChatRequest, served: Served) -> list[Query]:
             said = f"the messages leave room for {max(room, 0)} tokens in this model's context, and {most or 1} are asked for; shorten them"
             raise ApiError(400, said, "context_length_exceeded", "messages")
         most = most or min(room, served.longest)
+    bent = shaping(request, served.target)
+    top = max(1, request.top_logprobs or 0) if request.logprobs else 0
+    return [Query(chat, draw, shaping=bent) for draw in sampling(request, most or served.longest, top, request.n or 1)]
+
+
+class Drawn(Protocol):
+    """What requests that are answered by sampling have in common."""
+
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+
+
+def sampling(request: Drawn, most: int, top: int, n: int) -> list[Sampling]:
+    """How each of n answers is drawn, equal but for their seeds; what the request leaves out is the protocol's default, or chance.
+
+    Args:
+        most: Tokens of an answer.
+        top: How many of the likeliest tokens are told.
+    """
     temperature = 1.0 if request.temperature is None else request.temperature
     seed = secrets.randbits(48) if request.seed is None else request.seed % 2**48
     top_p = 1.0 if request.top_p is None else max(request.top_p, 1e-6)  # a nucleus holds at least the likeliest token
-    top = max(1, request.top_logprobs or 0) if request.logprobs else 0
-    longest, bent = most or served.longest, shaping(request, served.target)
-    return [Query(chat, Sampling(longest, temperature, top_p, seed + i, top), shaping=bent) for i in range(request.n or 1)]
+    return [Sampling(most, temperature, top_p, seed + i, top) for i in range(n)]
 
 
 def _message(message: WireMessage, place: int) -> Message:

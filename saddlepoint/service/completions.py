@@ -5,7 +5,6 @@ Special tokens that a prompt spells are such, because it is all the client's own
 """
 
 import codecs
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from saddlepoint.defenses._stack import layers
 from saddlepoint.service.answering import Answering
-from saddlepoint.service.chat import Choice, Served
+from saddlepoint.service.chat import Choice, Served, sampling
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.shape import biases, checked
 from saddlepoint.service.wire import Bias, ChatRequest, Penalty, StreamOptions
-from saddlepoint.types import Message, Query, Sampling, Shaping
+from saddlepoint.types import Message, Query, Shaping
 
 if TYPE_CHECKING:
     from saddlepoint.service.app import Service
@@ -64,9 +63,7 @@ class CompletionRequest(BaseModel):
     @property
     def prompts(self) -> Sequence[str | Sequence[int]]:
         """Each prompt by itself."""
-        if self.prompt is None or isinstance(self.prompt, str):
-            return [self.prompt or ""]
-        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item, return-value]
+        return each(self.prompt or "")
 
     @property
     def tries(self) -> int:
@@ -120,15 +117,12 @@ def begin(request: CompletionRequest, served: Served) -> tuple[list[Query], "Tex
     bent = Shaping(biases(request.logit_bias), request.presence_penalty or 0.0, request.frequency_penalty or 0.0)
     checked(bent, served.target, "logit_bias")
     most = 16 if request.max_tokens is None else request.max_tokens
-    seed = secrets.randbits(48) if request.seed is None else request.seed % 2**48
-    top_p = 1.0 if request.top_p is None else max(request.top_p, 1e-6)
-    temperature = 1.0 if request.temperature is None else request.temperature
-    top = max(1, request.logprobs or 0) if request.as_chat.logprobs else 0
+    draws = sampling(request, most, max(1, request.logprobs or 0) if request.as_chat.logprobs else 0, request.tries)
     prompts = [Prompt.of(prompt, model, request) for prompt in request.prompts]
     queries = [
-        Query((Message("user", prompt.text, ids=prompt.given),), Sampling(most, temperature, top_p, seed + i, top), shaping=bent, bare=True)
+        Query((Message("user", prompt.text, ids=prompt.given),), draw, shaping=bent, bare=True)
         for prompt in prompts
-        for i in range(request.tries)
+        for draw in draws
         if most
     ]
     choices = [Choice(i, request.as_chat) for i in range(len(prompts) * request.tries)]
@@ -136,6 +130,11 @@ def begin(request: CompletionRequest, served: Served) -> tuple[list[Query], "Tex
         for i, choice in enumerate(choices):
             choice.finish, choice.prompt_tokens = "length", prompts[i // request.tries].length
     return queries, TextAnswer(request, served, choices, prompts)
+
+
+def each(given: Any) -> Sequence[str | Sequence[int]]:
+    """The texts or rows of token ids of a field that may hold one of them or a list."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given  # type: ignore[no-any-return]
 
 
 def weights(served: Served, what: str) -> "HF":
@@ -180,7 +179,7 @@ class Prompt:
         from saddlepoint.targets._reading import likelihoods
 
         given = () if isinstance(prompt, str) else tuple(prompt)
-        width, room = len(model.embedding), int(getattr(model.model.config, "max_position_embeddings", 1 << 30))
+        width, room = len(model.embedding), model.context
         if wrong := [token for token in given if token >= width]:
             raise ApiError(400, f"token ids lie in 0..{width - 1}, got {wrong[0]}", "invalid_value", "prompt")
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from saddlepoint.service.completions import Ids, weights
+from saddlepoint.service.completions import Ids, each, weights
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.routing import sees
 
@@ -52,16 +52,14 @@ def embedded(request: EmbeddingRequest, served: "Served", last: bool) -> dict[st
 
     model = weights(served, "an embedding")
     vocabulary, width = model.embedding.shape
-    room = int(getattr(model.model.config, "max_position_embeddings", 1 << 30))
-    given: Any = request.input
     rows = []
-    for one in [given] if isinstance(given, str) or isinstance(given[0], int) else given:
+    for one in each(request.input):
         try:
-            ids = [*model.prompt_ids(()), *model.ids(one)] if isinstance(one, str) else one
+            ids = model.text_ids(one) if isinstance(one, str) else one
         except (ValueError, TypeError) as broken:  # half a character
             raise ApiError(400, f"the input cannot be written as tokens: {broken}", "invalid_value", "input") from None
-        if len(ids) > room:
-            raise ApiError(400, f"an input has {len(ids)} tokens; the model reads {room}", "context_length_exceeded", "input")
+        if len(ids) > model.context:
+            raise ApiError(400, f"an input has {len(ids)} tokens; the model reads {model.context}", "context_length_exceeded", "input")
         if max(ids) >= vocabulary:
             raise ApiError(400, f"token ids lie in 0..{vocabulary - 1}, got {max(ids)}", "invalid_value", "input")
         rows.append(ids)

@@ -168,7 +168,7 @@ class HF:
             UsageError: The chat cannot be written as tokens.
         """
         try:
-            return int(getattr(self.model.config, "max_position_embeddings", 1 << 30)) - len(self._written(chat)[0])
+            return self.context - len(self._written(chat)[0])
         except Exception as wrong:  # what a template raises that refuses a chat is of any kind
             raise UsageError(f"the chat cannot be written as tokens: {wrong}") from wrong
 
@@ -208,7 +208,7 @@ class HF:
             prompt = self._bare(query.chat[0]) if query.bare and len(query.chat) == 1 else self._written(query.chat)[0]
         except Exception as wrong:  # a template may refuse a chat, a tokenizer a broken character: only this query fails
             return [], Completion("", finish="error", error=f"the chat cannot be written as tokens: {wrong}")
-        if len(prompt) + query.sampling.max_tokens > (room := getattr(self.model.config, "max_position_embeddings", 1 << 30)):
+        if len(prompt) + query.sampling.max_tokens > (room := self.context):
             said = f"the prompt has {len(prompt)} tokens; with {query.sampling.max_tokens} to generate"
             return prompt, Completion("", len(prompt), finish="error", error=f"{said}, the model's context of {room} is full")
         return prompt, None
@@ -221,7 +221,7 @@ class HF:
         vocabulary = self.embedding.shape[0]
         if any(not 0 <= i < vocabulary for i in message.ids):
             raise UsageError(f"token ids lie in 0..{vocabulary - 1} under '{self.name}'")
-        return list(message.ids) or [*self.prompt_ids(()), *self.ids(message.text)]
+        return list(message.ids) or self.text_ids(message.text)
 
     def spelled(self, token: int) -> bytes:
         """The bytes of a token, which may be a part of a character."""
@@ -308,6 +308,11 @@ class HF:
         return frozenset(t for t in found if t is not None)
 
     @property
+    def context(self) -> int:
+        """Tokens that the model reads and writes at most."""
+        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+
+    @property
     def pad(self) -> int:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends, default=0)
 
@@ -333,6 +338,10 @@ class HF:
         """Token ids of a rendered text: the template has already written every special token."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a bare text, under no template: the token that begins a text, then its own."""
+        return [*self.prompt_ids(()), *self.ids(text)]
 
     def prompt_ids(self, chat: Chat) -> list[int]:
         """Token ids of a chat; an empty one is bare text, which begins with the token that begins a text.
@@ -398,7 +407,7 @@ class HF:
         for what, ids, given in (("control", parts[1], control), ("affirmative", parts[3], affirmative)):
             if not ids:
                 raise UsageError(f"the {what} {given!r} has no tokens under '{self.name}'; give some text")
-        if (length := sum(map(len, parts))) > (room := getattr(self.model.config, "max_position_embeddings", 1 << 30)):
+        if (length := sum(map(len, parts))) > (room := self.context):
             raise UsageError(f"request, control and affirmative have {length} tokens; '{self.name}' reads {room}; give a shorter request")
         return Frame(*(torch.tensor(p, dtype=torch.long, device=self.device) for p in parts))
 
