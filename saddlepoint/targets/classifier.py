@@ -8,6 +8,7 @@ the log-probabilities of all labels, the passing one first.
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,16 +30,18 @@ _TOKENS_AT_ONCE = 8192  # rows * length of one forward pass
 
 
 class MeanPooled(nn.Module):
-    """An encoder one of whose layers is averaged over a text's tokens and read by a linear head; logits (n, labels)."""
+    """A BERT-like encoder one of whose layers is averaged over a text's tokens and read by a linear head; logits (n, labels)."""
 
     def __init__(self, encoder: Any, layer: int, head: nn.Linear):
         super().__init__()
-        self.base_model, self.layer, self.head, self.config = encoder, layer, head, encoder.config
+        self.base_model, self.head, self.config = encoder, head, encoder.config
+        # The layers above are not run for it: the same weights once more, up to this layer.
+        self.lower = deepcopy(encoder, {id(p): p for p in encoder.parameters()})
+        self.lower.encoder.layer = self.lower.encoder.layer[:layer]
 
     def pooled(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """(n, width): what the head reads."""
-        out = self.base_model(attention_mask=attention_mask, output_hidden_states=True, **inputs)
-        return _mean(out.hidden_states[self.layer], attention_mask)
+        return _mean(self.lower(attention_mask=attention_mask, **inputs).last_hidden_state, attention_mask)
 
     def forward(self, attention_mask: Tensor, **inputs: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.head(self.pooled(attention_mask, **inputs)))
