@@ -83,7 +83,7 @@ def test_gcg_lowers_the_loss_of_the_affirmative(organism):
     assert losses[0] < float(organism.loss(row[None], len(first.affirmative)))
 
 
-LOOP = ["loop", "--attacks", "direct, prefill", "--limit", "5", "--epochs", "1", "--max-tokens", "48"]
+LOOP = ["loop", "--attacks", "direct, prefill", "--limit", "2", "--epochs", "1", "--max-tokens", "24"]
 
 
 def cli(*words: str) -> list[str]:
@@ -92,7 +92,7 @@ def cli(*words: str) -> list[str]:
 
 def trained(folder: Path) -> bool:
     with sqlite3.connect(folder / "run.db") as db:
-        return bool(db.execute("select count(*) from cell where phase = 'before/harvest' and finding is not null").fetchone()[0] >= 10)
+        return bool(db.execute("select count(*) from cell where phase = 'before/harvest' and finding is not null").fetchone()[0] >= 4)
 
 
 @pytest.mark.timeout(600)
