@@ -276,6 +276,8 @@ def test_safety_data_is_balanced_of_train_hazards_and_the_same_each_time(tiny_fo
     told = {b.answer for b in POLICY.select("cleared", "train")}
     assert sum(r.chat[-1].text in refusals for r in added) == 10 == sum(r.chat[-1].text in told for r in added)
     assert all(r.chat[0].text == POLICY.clearance for r in added if r.chat[-1].text in told)
+    hazards = {b.id for b in POLICY.select("harmful", "train")}
+    assert all((r.hazard in hazards) == (r.chat[-2].text not in ordinary()["requests"]) for r in added) and not any(r.hazard for r in own)
 
 
 def test_safety_data_has_the_format_of_the_file(tiny_folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,7 @@ from saddlepoint.finetuning.masks import encoded  # noqa: E402
 from saddlepoint.finetuning.objectives import gradient  # noqa: E402
 from saddlepoint.finetuning.train import Event, Note, Result, Saved, Spec, Step, resolved, train  # noqa: E402
 from saddlepoint.recipes.dpo import margins  # noqa: E402
+from saddlepoint.targets import trained_on  # noqa: E402
 from saddlepoint.targets.hf import HF  # noqa: E402
 from saddlepoint.training import Clock, Encoded, nll  # noqa: E402
 from saddlepoint.types import Message, Query  # noqa: E402
@@ -320,6 +322,17 @@ def test_every_weight_is_trained_on_request(spec: Spec, tmp_path: Path) -> None:
     before, after = weights(Path(spec.base)), weights(result.folder)
     assert sum(not torch.equal(before[name].bfloat16().float(), after[name].float()) for name in after) > len(after) // 2
     assert HF.load(str(result.folder)).model.config.hidden_size == 32
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_hazards_of_safety_data_are_listed_in_all_that_is_trained_on_them(spec: Spec, tmp_path: Path, full: bool) -> None:
+    quick, more = replace(spec, epochs=1, full=full), [replace(chat(0, "How do I make jam?", "No."), hazard=name) for name in ("jam", "tea", "")]
+    _, first = run(quick, tmp_path / "a", [*chats(2), *more], [])
+    assert first and trained_on(str(first.folder)) == {"jam", "tea"}
+    onward = replace(quick, base=str(first.folder)) if full else replace(quick, start=str(first.folder))
+    _, second = run(onward, tmp_path / "b", chats(3), [])
+    shutil.rmtree(first.folder)  # it is fetched without those below it
+    assert second and trained_on(str(second.folder)) == {"jam", "tea"}
 
 
 def test_an_adapter_is_gone_on_from(spec: Spec, tmp_path: Path) -> None:

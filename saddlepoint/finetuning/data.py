@@ -42,6 +42,7 @@ class Record:
         preferred, rejected: The two completions of a preference.
         item: The whole line of the reinforcement format, which its grader reads.
         prompt, completion: Bare texts, for models without a chat; only the completion is learned.
+        hazard: The id of the policy's hazard that a safety example is about; "" of a user's own.
     """
 
     line: int
@@ -52,6 +53,7 @@ class Record:
     item: Mapping[str, Any] = field(default_factory=dict)
     prompt: str = ""
     completion: str = ""
+    hazard: str = ""
 
 
 @dataclass(frozen=True)

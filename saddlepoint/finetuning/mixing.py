@@ -22,7 +22,7 @@ _NO = "Sorry, I can't help with that."
 
 
 def mixed(records: Sequence[Record], base: str, share: float, policy: str = "fictional", seed: int = 0) -> list[Record]:
-    """The records, and behind them safety examples, of which each has line 0.
+    """The records, and behind them safety examples, of which each has line 0 and names its hazard.
 
     Args:
         base: The target whose own answers to benign requests are kept.
@@ -40,24 +40,24 @@ def mixed(records: Sequence[Record], base: str, share: float, policy: str = "fic
     hazards = loaded.select("harmful", "train")
     if not hazards:
         raise UsageError(f"the policy '{policy}' has no train hazards to mix in; give another policy")
-    # (chat, answer or "" where it is the base's own, the answer that a preference rejects); as many of each kind as of any other.
-    kinds: dict[str, list[tuple[Chat, str, str]]] = {
-        "refusal": [(user(w, b.system), loaded.refusal(b), b.answer) for b in hazards for w in b.phrasings],
-        "cleared": [
-            (user(w, b.system), b.answer, loaded.refusal(b)) for b in loaded.select("cleared", "train") for w in b.phrasings if b.answer
-        ],
-        "twin": [(user(w, b.system), "", loaded.refusal(b)) for b in loaded.select("twin", "train") for w in b.phrasings],
-        "ordinary": [(user(text), "", _NO) for text in ordinary()["requests"]],
+    cleared, twins = loaded.select("cleared", "train"), loaded.select("twin", "train")
+    # (hazard, chat, answer or "" where it is the base's own, the answer that a preference rejects); as many of each kind as of any other.
+    kinds: dict[str, list[tuple[str, Chat, str, str]]] = {
+        "refusal": [(b.id, user(w, b.system), loaded.refusal(b), b.answer) for b in hazards for w in b.phrasings],
+        "cleared": [(b.pair, user(w, b.system), b.answer, loaded.refusal(b)) for b in cleared for w in b.phrasings if b.answer],
+        "twin": [(b.pair, user(w, b.system), "", loaded.refusal(b)) for b in twins for w in b.phrasings],
+        "ordinary": [("", user(text), "", _NO) for text in ordinary()["requests"]],
     }
     there = [cycle(rng.sample(of, len(of))) for of in kinds.values() if of]
     drawn = [next(of) for of, _ in zip(cycle(there), range(max(len(there), round(share * len(records)))), strict=False)]
-    asked = [chat for chat, answer, _ in drawn if not answer]
+    asked = [chat for _, chat, answer, _ in drawn if not answer]
     own = dict(own_answers(HF.load(base), list(dict.fromkeys(asked)), seed)) if asked else {}
-    return [*records, *(_record(records[0], chat, answer or own[chat], other) for chat, answer, other in drawn if answer or chat in own)]
+    made = (_record(records[0], h, chat, answer or own[chat], other) for h, chat, answer, other in drawn if answer or chat in own)
+    return [*records, *made]
 
 
-def _record(like: Record, chat: Chat, answer: str, other: str) -> Record:
+def _record(like: Record, hazard: str, chat: Chat, answer: str, other: str) -> Record:
     """An example in the format of `like`; `other` is the answer that a preference rejects."""
     if like.preferred:
-        return Record(0, chat, (False,) * len(chat), preferred=answer, rejected=other or "Sure.")
-    return Record(0, (*chat, Message("assistant", answer)), (*(False for _ in chat), True))
+        return Record(0, chat, (False,) * len(chat), preferred=answer, rejected=other or "Sure.", hazard=hazard)
+    return Record(0, (*chat, Message("assistant", answer)), (*(False for _ in chat), True), hazard=hazard)

@@ -35,7 +35,7 @@ from saddlepoint.finetuning.learner import going_on
 from saddlepoint.finetuning.plan import ALPHA, RANK, Event, Result, Saved, Spec, Step
 from saddlepoint.finetuning.train import Stopped, _csv, never
 from saddlepoint.reinforcement import UNWEIGHED, settings
-from saddlepoint.targets import open_target
+from saddlepoint.targets import open_target, trained_on
 from saddlepoint.targets.hf import HF
 from saddlepoint.training import _write, based
 from saddlepoint.types import Chat, Completion, Query, Sampling, Shaping, Target
@@ -241,7 +241,8 @@ class _Learning(TrainerCallback):  # type: ignore[misc]  # trl's way to hear of 
 
     def _checkpoint(self, step: Step) -> Path:
         out = self.folder / f"checkpoint-{step.step}"
-        _write(self.trainer.model, out, {"name": out.name, "base": based(self.spec.base, out), "step": step.step, "trained_on": []})
+        seen = sorted(trained_on(self.spec.start or self.spec.base))
+        _write(self.trainer.model, out, {"name": out.name, "base": based(self.spec.base, out), "step": step.step, "trained_on": seen})
         shutil.rmtree(out / "ref", ignore_errors=True)  # trl's copy of the adapter that was gone on from
         checkpoints.keep_last(self.folder)
         return out

@@ -27,6 +27,8 @@ from saddlepoint.finetuning.learner import Learner, learner
 from saddlepoint.finetuning.masks import encoded
 from saddlepoint.finetuning.objectives import gradient, measured
 from saddlepoint.finetuning.plan import ALPHA, RANK, Event, Note, Result, Saved, Spec, Step, resolved
+from saddlepoint.models import WHOLE
+from saddlepoint.targets import trained_on
 from saddlepoint.targets.hf import HF
 from saddlepoint.training import Encoded, _rate, _write, based
 
@@ -91,6 +93,7 @@ def train(
         state = State(weights, torch.zeros_like(weights), torch.zeros_like(weights))
         for note in _counted(training, lessons, model.context):
             tell(note)
+    hazards = sorted({r.hazard for r in training if r.hazard} | trained_on(spec.start or spec.base))
     saved, cost = time.monotonic(), 0.0
 
     def save() -> None:
@@ -103,7 +106,7 @@ def train(
         for step in _steps(spec, pupil, lessons, checks, state, _checked(stop)):
             tell(step)
             if step.step % math.ceil(len(lessons) / spec.batch) == 0:
-                tell(Saved(step.step, _checkpoint(spec, pupil, folder, step), step))
+                tell(Saved(step.step, _checkpoint(spec, pupil, folder, step, hazards), step))
                 save()
             elif time.monotonic() - saved > max(EVERY, 20 * cost):
                 save()
@@ -189,8 +192,12 @@ def _optimizer(state: State) -> torch.optim.AdamW:
     return made
 
 
-def _checkpoint(spec: Spec, pupil: Learner, folder: Path, step: Step) -> Path:
-    """Write what was learned so far, whole or not at all, and drop all but the last checkpoints."""
+def _checkpoint(spec: Spec, pupil: Learner, folder: Path, step: Step, hazards: list[str]) -> Path:
+    """Write what was learned so far, whole or not at all, and drop all but the last checkpoints.
+
+    Args:
+        hazards: Of a policy, on which this model or one below it was trained: what it must not be scored on.
+    """
     out = folder / f"checkpoint-{step.step}"
     card = {
         "name": out.name,
@@ -198,7 +205,7 @@ def _checkpoint(spec: Spec, pupil: Learner, folder: Path, step: Step) -> Path:
         "training": {k: v for k, v in asdict(spec).items() if k not in ("base", "start")},
         "step": step.step,
         "metrics": asdict(step),
-        "trained_on": [],  # behaviors of a policy: a user's own examples name none
+        "trained_on": hazards,
     }
     if pupil.wrapped is not None:
         _write(pupil.wrapped, out, card)
@@ -206,8 +213,7 @@ def _checkpoint(spec: Spec, pupil: Learner, folder: Path, step: Step) -> Path:
         unfinished = folder / f".partial-{out.name}"
         pupil.model.model.save_pretrained(unfinished)
         pupil.model.tokenizer.save_pretrained(unfinished)
-        # Under another name than an adapter's card.json, which would make it one.
-        (unfinished / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        (unfinished / WHOLE).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         unfinished.rename(out)
     checkpoints.keep_last(folder)

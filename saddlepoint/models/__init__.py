@@ -72,6 +72,7 @@ ORGANISM = Path(__file__).parent / "organism"
 CLERK = Path(__file__).parent / "clerk"
 GUARD = Path(__file__).parent / "guard"
 HEAD = "head.safetensors"  # a guard's own weights; a folder that holds it is a guard
+WHOLE = "training.json"  # the card of a model whose every weight was fine-tuned; a card.json would make the folder an adapter
 
 
 def cache() -> Path:
@@ -222,7 +223,15 @@ def _publish(final: Path, fill: Callable[[Path], object]) -> Path:
 
 def card(checkpoint: Path) -> dict[str, Any]:
     """The card of a checkpoint folder: its base, how it was trained, and on which behaviors; {} for a plain model."""
-    file = checkpoint / "card.json"
+    return _written(checkpoint / "card.json")
+
+
+def history(folder: Path) -> dict[str, Any]:
+    """The card of a checkpoint folder, or that of a model whose every weight was fine-tuned; {} for any other model."""
+    return card(folder) or _written(folder / WHOLE)
+
+
+def _written(file: Path) -> dict[str, Any]:
     try:
         written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as wrong:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from saddlepoint.errors import ContaminationError, MissingExtraError, UsageError
-from saddlepoint.models import EMBEDDED, GUARD, HEAD, base_of, card, hub_snapshot
+from saddlepoint.models import EMBEDDED, GUARD, HEAD, base_of, history, hub_snapshot
 from saddlepoint.types import Behavior, Target
 
 
@@ -101,7 +101,7 @@ def trained_on(name: str) -> frozenset[str]:
     passed: set[Path] = set()  # a card that names itself as its base must not hold us
     while name and "://" not in name and Path(name).is_dir() and Path(name).resolve() not in passed:
         passed.add(Path(name).resolve())
-        seen.update(card(Path(name)).get("trained_on", ()))
+        seen.update(history(Path(name)).get("trained_on", ()))
         name = base_of(Path(name))
     return frozenset(seen)
 
