@@ -144,11 +144,18 @@ def test_the_least_recently_asked_leaves_memory(place: tuple[State, Blobs], fold
 def test_a_base_brings_its_guards_to_its_models(place: tuple[State, Blobs], folders: list[Path], merged: list[HF], tiny: HF) -> None:
     scores = PerplexityFilter(tiny, tiny, threshold=0.0).scores([TEA, FOX])
     odd, fine = (TEA, FOX) if scores[0] > scores[1] else (FOX, TEA)
-    own, tuning = service(place, [Served("tiny", PerplexityFilter(tiny, tiny, threshold=sum(scores) / 2))])
+    bare, guarded = Served("bare", tiny), Served("tiny", PerplexityFilter(tiny, tiny, threshold=sum(scores) / 2))
+    own, tuning = service(place, [bare, guarded])
     name = published(*place, folders[0])
-    with running(own, keys=KEYS, tuning=tuning) as url, client(url) as here:
+    with running(own, keys=KEYS, tuning=tuning) as url, client(url) as here, client(url, OTHER) as stranger:
         assert ask(here, name, odd).choices[0].finish_reason == "content_filter"
         assert ask(here, name, fine).choices[0].message.content == said(fine, merged[0])
+        told = here.moderations.create(input=[odd, fine], model=name)
+        assert told.model == name and [result.flagged for result in told.results] == [True, False]
+        with pytest.raises(openai.BadRequestError, match="no guard"):
+            here.moderations.create(input=odd, model="omni-moderation-latest")  # the first base's
+        with pytest.raises(openai.NotFoundError):
+            stranger.moderations.create(input=odd, model=name)
 
 
 def test_a_whole_model_is_served_by_itself(place: tuple[State, Blobs], merged: list[HF], tiny: HF, tmp_path: Path) -> None:

@@ -282,6 +282,9 @@ def test_moderations_are_what_the_guards_say(client: Any, world: World) -> None:
     assert found.results[0].categories.model_extra["perplexity_filter"] and not found.results[0].categories.violence
     with pytest.raises(openai.BadRequestError, match="no guard"):
         client.moderations.create(input="x", model="tiny")
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.moderations.create(input=[])
+    assert wrong.value.param == "input"
 
 
 def test_blocks_are_logged_counted_and_go_back_into_the_loop(client: Any, url: str, world: World, tmp_path: Path) -> None:
@@ -477,6 +480,19 @@ def test_without_keys_only_this_machines_own_names_are_answered() -> None:
         assert httpx.get(at + "/models").status_code == 200
         foreign = httpx.get(at + "/models", headers={"host": "evil.example:80"})
         assert foreign.status_code == 403 and foreign.json()["error"]["code"] == "forbidden_host"
+        for origin, code in (("http://localhost:3000", 200), ("https://evil.example", 403), ("null", 403)):  # as a page's browser tells it
+            assert httpx.get(at + "/models", headers={"origin": origin}).status_code == code
+
+
+def test_what_is_no_http_and_what_fails_within_are_told_with_four_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service.of([Served("echo", Scripted(lambda q: "x"))])
+    with running(service) as at:
+        told = raw(at, b"GARBAGE\r\n\r\n").partition(b"\r\n\r\n")
+        assert told[0].startswith(b"HTTP/1.1 400 ") and json.loads(told[2])["error"].keys() == {"message", "type", "param", "code"}
+        monkeypatch.setattr(service, "models", None)
+        broken = httpx.post(at + "/moderations", json={"input": "x"})
+        assert broken.status_code == 500 and broken.json()["error"].keys() == {"message", "type", "param", "code"}
+        assert broken.json()["error"]["code"] == "internal_error" and broken.headers["x-request-id"]
 
 
 def test_a_port_that_is_taken_is_told() -> None:

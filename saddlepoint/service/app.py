@@ -22,7 +22,7 @@ from saddlepoint.service.answering import Answering, as_error
 from saddlepoint.service.background import living
 from saddlepoint.service.blocks import BlockLog
 from saddlepoint.service.chat import Answer, Choice, Served, moderated, read
-from saddlepoint.service.errors import ApiError
+from saddlepoint.service.errors import TOLD, ApiError
 from saddlepoint.service.gate import Gate, Keys
 from saddlepoint.service.meters import Meters
 from saddlepoint.service.routing import EVERYONE, Tuning, sees
@@ -82,7 +82,8 @@ def create(
         tuning: Files, fine-tuning jobs and their models; None leaves those routes out.
     """
     lifespan = living(tuning) if tuning else None
-    app = FastAPI(title="Saddlepoint", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
+    about: dict[str, Any] = {"title": "Saddlepoint", "version": __version__, "responses": {"default": TOLD}}
+    app = FastAPI(**about, docs_url=None, redoc_url=None, openapi_url="/openapi.json", lifespan=lifespan)
     app.state.service = service
     limits: dict[str, Any] = {
         "rate": rate,
@@ -127,10 +128,6 @@ def create(
         status = 400 if wrong.status_code in (409, 422) else wrong.status_code
         return ApiError(status, said.get(wrong.status_code, str(wrong.detail)), code, headers=dict(wrong.headers or {})).response
 
-    @app.exception_handler(Exception)
-    async def broken(_: Request, wrong: Exception) -> Response:
-        return ApiError(500, "the server failed; its log says why", "internal_error").response
-
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the server runs; needs no key."""
@@ -150,18 +147,22 @@ def create(
             app.include_router(part.routes(tuning))
 
     @app.post("/v1/moderations")
-    async def create_moderation(body: ModerationRequest) -> dict[str, Any]:
-        """What the guards say of a text; `model` may name a served model, whose stack is then asked."""
-        served = service.models.get(body.model or "", next(iter(service.models.values())))
-        if not served.guarding("input") + served.guarding("output"):
-            raise ApiError(400, "no guard of this server says something of a text; serve with --defense", "no_guard")
+    async def create_moderation(body: ModerationRequest, request: Request) -> dict[str, Any]:
+        """What the guards say of a text: of the stack of the served or fine-tuned model that `model` names, else of the first base's."""
         texts = [body.input] if isinstance(body.input, str) else [one if isinstance(one, str) else one.text for one in body.input]
         if any(text is None for text in texts):
             raise ApiError(400, "this server reads text; leave images out", "invalid_value", "input")
         spent = lambda tokens: service.meters.tokens.labels("defense").inc(tokens)
-        ask = lambda: [moderated(served, text or "", spent) for text in texts]
-        results = await asyncio.get_running_loop().run_in_executor(service.pool, ask)
-        return {"id": f"modr-{int(time.time() * 1e6):x}", "model": served.name, "results": results}
+        tuned = (body.model or "").startswith("ft:")
+        named = body.model if body.model and (tuned or body.model in service.models) else next(iter(service.models))
+
+        def ask() -> dict[str, Any]:
+            served = service.model(named, sees(request))
+            if not served.guarding("input") + served.guarding("output"):
+                raise ApiError(400, "no guard of this server says something of a text; serve with --defense", "no_guard")
+            return {"model": served.name, "results": [moderated(served, text or "", spent) for text in texts]}
+
+        return {"id": f"modr-{int(time.time() * 1e6):x}", **await asyncio.get_running_loop().run_in_executor(service.pool, ask)}
 
     @app.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -179,4 +180,4 @@ def create(
 def _field(loc: tuple[int | str, ...]) -> str:
     """The field that a mistake is in, without what pydantic calls the alternatives of a union."""
     names = (str(part) for part in loc[loc[0] in ("body", "query", "path") :])
-    return ".".join(takewhile(re.compile(r"\w+").fullmatch, names))
+    return ".".join(takewhile(re.compile(r"(?!(?:str|int|float)$)\w+").fullmatch, names))

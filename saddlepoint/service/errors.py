@@ -7,6 +7,31 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+TOLD = {
+    "description": "An error",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type", "param", "code"],
+                        "properties": {
+                            "message": {"type": "string"},
+                            "type": {"type": "string"},
+                            "param": {"type": ["string", "null"]},
+                            "code": {"type": ["string", "null"]},
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
+"""How the document of the routes tells of errors: every one of them has these four keys."""
+
 
 class ApiError(Exception):
     """What a client did wrong, or cannot have.

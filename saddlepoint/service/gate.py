@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import re
 import secrets
 import time
@@ -141,10 +142,14 @@ class Gate:
                 come = self._uploaded(scope, take)
             else:
                 come = self._replayed(await self._body(scope, take), take)
-        except ApiError as wrong:
-            await _send(answer, wrong)
-        else:
             await self.app(scope, come, answer)
+        except Exception as wrong:
+            if begun:
+                raise  # an answer that breaks off is to be seen as one
+            if not isinstance(wrong, ApiError):
+                logging.getLogger("saddlepoint").exception("%s failed", state["request_id"])
+                wrong = ApiError(500, "the server failed; its log says why", "internal_error")
+            await _send(answer, wrong)
         finally:
             for done in state.get("endings", ()):
                 done()
@@ -159,9 +164,12 @@ class Gate:
         if scope["path"] in OPEN:
             return
         if self.keys is None:
-            host = re.sub(r":\d*$", "", headers.get(b"host", ""))
-            if host not in LOCAL | self.open_hosts:
-                raise ApiError(403, f"without keys this server answers only requests to itself, got host '{host}'", "forbidden_host")
+            # A page elsewhere can have a browser ask under this machine's name, but not without telling its origin.
+            for part, given in (("host", headers.get(b"host", "")), ("origin", headers.get(b"origin"))):
+                host = re.sub(r"^https?://|:\d*$", "", given or "")
+                if given is not None and host not in LOCAL | self.open_hosts:
+                    said = f"without keys this server answers only requests to and from itself, got {part} '{host}'"
+                    raise ApiError(403, said, "forbidden_host")
         else:
             name = self.keys.who(headers.get(b"authorization", ""))
             if name is None:

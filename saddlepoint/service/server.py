@@ -1,6 +1,7 @@
 """Running the application with uvicorn, on this machine and with a key unless told otherwise."""
 
 import asyncio
+import json
 import logging
 import socket
 from typing import Any
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from saddlepoint.errors import UsageError
+from saddlepoint.service.errors import ApiError
 
 HEAD_SECONDS = 10.0  # a request's head must have come within so many
 
@@ -32,6 +34,14 @@ class _Timed(H11Protocol):
         if self._late:
             self._late.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn answers to what is no HTTP, as an error of the protocol."""
+        body = json.dumps(ApiError(400, msg, "invalid_http").body).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _watch(self) -> None:
         waits = self.conn.their_state is h11.IDLE
