@@ -344,9 +344,12 @@ def test_what_has_expired_is_gone(tuning: Tuning, client: Any) -> None:
         patch.setattr("saddlepoint.service.shelf.time", type("late", (), {"time": staticmethod(lambda: late)}))
         refused(openai.NotFoundError, client.files.retrieve, file.id)
         tuning.state.files.sweep()
-    refused(openai.NotFoundError, client.files.retrieve, file.id)
-    assert client.files.content(needed.id).read()  # its job has not ended
-    client.fine_tuning.jobs.cancel(job.id)
+        assert client.files.content(needed.id).read() and tuning.state.files.get(needed.id)  # its job has not ended
+        client.fine_tuning.jobs.cancel(job.id)
+        refused(openai.NotFoundError, client.files.retrieve, needed.id)
+        tuning.state.files.sweep()
+    for gone in (file, needed):
+        refused(openai.NotFoundError, client.files.retrieve, gone.id)
 
 
 # ---- uploads

@@ -189,9 +189,11 @@ class Shelf:
 
 
 def alive(owner: str | None) -> Select[Any]:
-    """Files that have not expired."""
+    """Files that have not expired, or that a job still needs."""
     now = int(time.time())
-    return of(select(FILE), FILE, owner).where(or_(FILE.c.expires_at.is_(None), FILE.c.expires_at > now))
+    return of(select(FILE), FILE, owner).where(
+        or_(FILE.c.expires_at.is_(None), FILE.c.expires_at > now, exists().where(_needed(FILE.c.id)))
+    )
 
 
 def _stored(db: Connection, owner: str) -> int:
