@@ -17,6 +17,7 @@ from saddlepoint.finetuning.cost import Prices, cost, prices, recorded, speed
 from saddlepoint.finetuning.counts import measured, spread
 from saddlepoint.finetuning.data import RULES, Checked, Format, Record, check, epochs
 from saddlepoint.finetuning.overlap import ALIKE, Pair, duplicates, leaks
+from saddlepoint.finetuning.report import LARGE, Looked
 from saddlepoint.finetuning.summary import grouped, readable
 from saddlepoint.types import Message
 
@@ -54,6 +55,8 @@ CHAT: list[tuple[str, str]] = [
     ("invalid_json", '‹{"role": "user"'),
     ("invalid_json", "{‹'messages': []}"),
     ("invalid_json", '{"messages": ‹None}'),
+    ("invalid_json", "{\"messages\": ‹'[]'}"),
+    ("invalid_json", '{"messages" ‹[]}'),
     ("invalid_json", '{"messages": [' + ASKED + ", " + SAID + "‹,]}"),
     ("invalid_json", '{"messages": [' + ASKED + ", " + SAID + "]}‹,"),
     ("invalid_json", '{"messages": [' + ASKED + ", " + SAID + ']} ‹{"messages": []}'),
@@ -94,11 +97,18 @@ CHAT: list[tuple[str, str]] = [
     ("example_missing_assistant_message", '{"messages": ‹[' + ASKED + "]}"),
     ("invalid_weight", '{"messages": [' + ASKED + ', {"role": "assistant", "content": "a", "weight": ‹0.5}]}'),
     ("invalid_weight", '{"messages": [' + ASKED + ', {"role": "assistant", "content": "a", "weight": ‹true}]}'),
+    ("invalid_weight", '{"messages": [' + ASKED + ', {"role": "assistant", "content": "a", "weight": ‹2}]}'),
+    ("invalid_weight", '{"messages": [' + ASKED + ', {"role": "assistant", "content": "a", "weight": ‹"1"}]}'),
     ("invalid_weight", '{"messages": [{"role": "user", "content": "Hi", ‹"weight": 1}, ' + SAID + "]}"),
     ("nothing_learned", '{"messages": ‹[' + ASKED + ', {"role": "assistant", "content": "a", "weight": 0}]}'),
     # tools
     ("data_type", '{"parallel_tool_calls": ‹"no", "messages": [' + ASKED + ", " + SAID + "]}"),
     ("invalid_tools", '{"tools": ‹[], "messages": [' + ASKED + ", " + SAID + "]}"),
+    (
+        "invalid_tools",
+        '{"functions": ‹' + json.dumps([{"name": f"f{i}"} for i in range(129)]) + ', "messages": [' + ASKED + ", " + SAID + "]}",
+    ),
+    ("invalid_tools", '{"functions": [‹"look"], "messages": [' + ASKED + ", " + SAID + "]}"),
     ("invalid_tools", '{"tools": [‹{"name": "look"}], "messages": [' + ASKED + ", " + SAID + "]}"),
     ("invalid_tools", '{"functions": [{"name": ‹"l o"}], "messages": [' + ASKED + ", " + SAID + "]}"),
     ("invalid_tools", '{"functions": [{"name": "a"}, {"name": ‹"a"}], "messages": [' + ASKED + ", " + SAID + "]}"),
@@ -108,6 +118,14 @@ CHAT: list[tuple[str, str]] = [
     ("invalid_tool_calls", "{" + TOOLS + ', "messages": [' + ASKED + ", " + CALL.replace('"{}"', '‹"{"') + "]}"),
     ("invalid_tool_calls", "{" + TOOLS + ', "messages": [' + ASKED + ", " + CALL.replace('{"id": "c1", ', "‹{") + "]}"),
     ("invalid_tool_calls", "{" + TOOLS + ', "messages": [' + ASKED + ', {"role": "assistant", "tool_calls": ‹"look"}, ' + SAID + "]}"),
+    ("invalid_tool_calls", "{" + TOOLS + ', "messages": [' + ASKED + ", " + CALL.replace('{"name": "look", ', "‹{") + "]}"),
+    ("invalid_tool_calls", "{" + TOOLS + ', "messages": [' + CALL + ", " + CALL.replace('"c1"', '‹"c1"') + "]}"),
+    (
+        "invalid_tool_calls",
+        "{" + TOOLS + ', "messages": [' + CALL[:-1] + ', ‹"function_call": {"name": "look", "arguments": "{}"}}, ' + SAID + "]}",
+    ),
+    ("invalid_tool_calls", '{"messages": [{"role": "assistant", "function_call": ‹{"name": "look"}}]}'),
+    ("message_unrecognized_key", '{"messages": [{"role": "user", "content": "Hi", ‹"tool_calls": []}, ' + SAID + "]}"),
     ("unknown_tool_call", "{" + TOOLS + ', "messages": [' + CALL + ', {"role": "tool", "tool_call_id": ‹"c2", "content": ""}]}'),
     ("message_missing_key", "{" + TOOLS + ', "messages": [' + CALL + ', ‹{"role": "tool", "content": "x"}]}'),
     ("message_missing_key", '{"messages": [' + SAID + ', ‹{"role": "function", "content": "x"}]}'),
@@ -137,6 +155,26 @@ OTHERS: list[tuple[Format, str, str]] = [
     ),
     (
         "preference",
+        "invalid_completion",
+        '{"input": {"messages": ['
+        + ASKED
+        + ']}, "preferred_completion": ‹['
+        + f"{SAID}, {SAID}"
+        + '], "non_preferred_completion": ['
+        + SAID
+        + "]}",
+    ),
+    (
+        "preference",
+        "invalid_weight",
+        '{"input": {"messages": ['
+        + ASKED
+        + ']}, "preferred_completion": [{"role": "assistant", "content": "a", ‹"weight": 1}], "non_preferred_completion": ['
+        + SAID
+        + "]}",
+    ),
+    (
+        "preference",
         "unrecognized_role",
         '{"input": {"messages": ['
         + ASKED
@@ -150,6 +188,7 @@ OTHERS: list[tuple[Format, str, str]] = [
         '{"input": {"messages": [' + ASKED + ']}, "preferred_completion": [' + SAID + '], "non_preferred_completion": ‹[' + SAID + "]}",
     ),
     ("reinforcement", "last_not_user", '{"messages": [' + ASKED + ", ‹" + SAID + '], "answer": "a"}'),
+    ("reinforcement", "last_not_user", '{"messages": [' + ASKED + ', ‹{"role": "system", "content": "Hi"}], "answer": "a"}'),
     ("reinforcement", "missing_messages_list", '‹{"answer": "a"}'),
 ]
 
@@ -201,6 +240,13 @@ def test_warnings_leave_a_line_usable() -> None:
     ]
     assert [(w.line, w.column, w.code) for w in checked.warnings] == wanted
 
+    both = {
+        "preferred_completion": [{"role": "assistant", "content": "a"}],
+        "non_preferred_completion": [{"role": "assistant", "content": "b"}],
+    }
+    checked = found(lines({"input": chat(), **both}))
+    assert not checked.mistakes and [w.code for w in checked.warnings] == ["last_not_user"]
+
 
 @pytest.mark.parametrize(
     ("data", "wanted"),
@@ -225,6 +271,11 @@ def test_byte_order_mark_line_ends_and_odd_characters_are_no_mistake() -> None:
     checked = check(b"\xef\xbb\xbf" + lines(*rows).replace(b"\n", b"\r\n") + b"\r\n")
     assert not found(lines(chat() | {"x": int("9" * 308)})).mistakes
     assert not checked.mistakes and [r.chat[1].text for r in checked.records] == [f"Line\u2028end {i} \U0001f600 é" for i in range(12)]
+
+
+def test_a_file_that_servers_may_not_take_is_told() -> None:
+    for size, codes in ((LARGE, []), (LARGE + 1, ["large_file"])):
+        assert [w.code for w in Looked("f", size, found(lines(chat())), None, ()).warnings] == codes
 
 
 def test_too_few_examples_are_a_mistake_of_training_files_only() -> None:

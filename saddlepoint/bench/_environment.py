@@ -31,7 +31,7 @@ def environment(peer: str, *more: str, say: Callable[[str], None] = print) -> st
         for wanted in (["pip", "install", "--quiet", "uv"], ["uv", "pip", "install", "--quiet", "--python", str(python), peer, *more]):
             done = subprocess.run([python, "-m", *wanted], capture_output=True, text=True, env=links)
             if done.returncode:
-                said = done.stderr.strip().splitlines()[-1:]
+                said = (done.stderr.strip() or "it does not say why").splitlines()[-1]
                 raise SaddlepointError(f"{peer} cannot be installed: {said}; it needs the package index once")
         (place / "complete").write_text(f"{time.monotonic() - began:.0f} s\n")
     return str(python)
