@@ -432,6 +432,7 @@ def test_a_job_is_what_the_contract_says(client: Any) -> None:
         ),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1, "n_epochs": 2}}}}, "dpo", {"beta": 0.1, "n_epochs": 2}),
         ({"hyperparameters": {"full": True}}, "supervised", {"full": True, "n_epochs": "auto"}),
+        ({"hyperparameters": {"constraint": True, "safety": 0.5}}, "supervised", {"constraint": True, "safety": 0.5}),
         (
             {
                 "method": {
@@ -642,6 +643,19 @@ def test_an_administrator_releases_a_held_model_on_the_record(url: str, client: 
     record = next(e for e in events if e.message.startswith("The model was released"))
     assert record.data["released_by"] == "admin-ann" and record.data["reason"] == "looked at"  # type: ignore[index]
     assert httpx.post(at, json={"reason": "again"}, headers=head["admin-ann"]).json()["error"]["code"] == "invalid_state"
+
+
+def test_a_held_model_is_deleted_by_its_job(client: Any, tuning: Tuning) -> None:
+    job = begun(client)
+    while (claimed := tuning.state.claim("h", 60)) and claimed.id != job.id:
+        tuning.state.cancel(claimed.id)
+    tuning.state.validated(job.id, "h"), tuning.state.claim("h", 60)
+    sha = tuning.blobs.put(b"held, and not wanted")[0]
+    name = tuning.state.held(job.id, "worse", {}, worker="h", manifest={"adapter_model.safetensors": sha}).name
+    refused(openai.NotFoundError, client.models.delete, name)  # it is no model that can be seen
+    assert client.models.delete(job.id).to_dict() == {"id": name, "object": "model", "deleted": True} and not tuning.blobs.has(sha)
+    refused(openai.NotFoundError, client.models.delete, job.id)
+    assert client.fine_tuning.jobs.list_events(job.id).data[0].message == "The held model was deleted: by me"
 
 
 # ---- webhooks

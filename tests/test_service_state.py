@@ -139,17 +139,25 @@ def test_a_job_whose_worker_fell_silent_is_anothers(state: State) -> None:
     state.beat(made.id, "w", 0.2)
     assert state.claim("v", 60) is None
     time.sleep(0.3)
+    kept = state.checkpoint(made.id, 1, {}, {"a": SHA}, worker="w")  # the lease ran out, but nobody took the job yet
     taken = state.claim("v", 60)
     assert taken and taken.id == made.id and taken.claims == 2 and taken.status == "running"
+    told = said(state, made.id)
     for act in (
         lambda: state.beat(made.id, "w", 60),
         lambda: state.learned(made.id, "w", estimated_finish=1),
         lambda: state.checkpoint(made.id, 1, {}, {"a": SHA}, worker="w"),
         lambda: state.finish(made.id, "succeeded", worker="w", manifest={"a": SHA}),
         lambda: state.held(made.id, "no", {}, worker="w", manifest={"a": SHA}),
+        lambda: state.event(made.id, "Step 9/9", worker="w"),
+        lambda: state.pause(made.id, "w"),
+        lambda: state.drop_checkpoint(kept, "w"),
     ):
         with pytest.raises(Lost):
             act()
+    assert said(state, made.id) == told and state.checkpoints(made.id) == [kept] and state.job(made.id).status == "running"  # type: ignore[union-attr]
+    state.drop_checkpoint(kept, "v")
+    assert state.checkpoints(made.id) == []
     assert state.finish(made.id, "succeeded", worker="v", manifest={"a": SHA}).status == "succeeded"
     assert said(state, made.id).count("Fine-tuning job started") == 1
 
@@ -282,6 +290,25 @@ def test_what_is_held_is_kept_until_it_is_released(state: State, dropped: list[s
     assert state.model(made.name).manifest == {"a": "f" * 64}  # type: ignore[union-attr]
     with pytest.raises(Refused, match="holds no model back"):
         state.release(made.id, "admin", "again")
+
+
+def test_what_is_held_goes_when_it_is_deleted_or_nobody_releases_it(
+    state: State, dropped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [running(state) for _ in range(2)]
+    for n, made in enumerate(both):
+        state.checkpoint(made.id, 1, {}, {"a": f"{n}e" * 32}, worker="w")
+        state.held(made.id, "ASR rose", {}, worker="w", manifest={"a": f"{n}f" * 32})
+    state.expire()
+    assert dropped == [] and state.discard(both[0].id, "by me").held is None
+    assert sorted(dropped) == ["0e" * 32, "0f" * 32] and said(state, both[0].id)[-1] == "The held model was deleted: by me"
+    for act in (lambda: state.discard(both[0].id, "again"), lambda: state.release(both[0].id, "admin", "late")):
+        with pytest.raises(Refused, match="holds no model back"):
+            act()
+    monkeypatch.setattr("saddlepoint.service.state.HELD", -1)
+    state.expire()
+    assert sorted(dropped) == ["0e" * 32, "0f" * 32, "1e" * 32, "1f" * 32] and state.job(both[1].id).held is None  # type: ignore[union-attr]
+    assert state.job(both[1].id).error["code"] == "held"  # type: ignore[index, union-attr]
 
 
 def test_webhooks_wait_until_they_are_received(state: State) -> None:

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -22,9 +23,15 @@ from safetensors.torch import load_file
 from service_place import TRAINER, WORKER, Place, jsonl, lesson, placed
 
 from saddlepoint.errors import UsageError
+from saddlepoint.service import gating
+from saddlepoint.service.checking import read
 from saddlepoint.service.gating import rules
 from saddlepoint.service.processes import GRACE
+from saddlepoint.service.protection import Protection, protection
 from saddlepoint.service.records import Job
+from saddlepoint.service.setting import Setting
+from saddlepoint.service.stages import tune
+from saddlepoint.service.task import Task
 from saddlepoint.store import Store
 
 LESSONS, CHECKS = jsonl([lesson(i) for i in range(12)]), jsonl([lesson(i) for i in range(40, 43)])
@@ -92,12 +99,14 @@ def test_a_job_tells_what_the_contract_says_in_its_order(whole: tuple[Place, Job
     tokens, trained = counts["tokens"], counts["trained_tokens"]
     assert tokens["min"] <= tokens["p5"] <= tokens["median"] <= tokens["p95"] <= tokens["max"] and 0 < trained["total"] < tokens["total"]
     assert 10 * tokens["total"] == place.now(job).trained_tokens
+    assert counts["cost"]["training"] == pytest.approx(10 * tokens["total"] * 0.008 / 1000) and counts["truncated_lines"] == []
     assert plain == [
         f"Created fine-tuning job: {job.id}",
         f"Validating training file: {job.training_file} and validation file: {job.validation_file}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
-        f"12 examples of {tokens['min']} to {tokens['max']} tokens, {tokens['total']} in all, of which {trained['total']} are trained on",
+        f"12 examples of {tokens['min']} to {tokens['max']} tokens, {tokens['total']} in all, of which {trained['total']} are trained on; "
+        f"10 epoch(s) of them are {counts['cost']['training']:.2f} by the prices of OpenAI, gpt-3.5-turbo, 2023, in US dollars",
         *(f"Checkpoint created at step {6 * epoch}" for epoch in range(1, 11)),
         f"New fine-tuned model created: {job.name}",
         "The job has successfully completed",
@@ -383,8 +392,8 @@ def test_a_model_that_the_gate_holds_is_not_published_until_it_is_released(make:
     (flags,) = [e for e in place.events(unsafe) if e.type == "moderation_checks"]
     assert 12 == len(flags.data["flagged"]) and "identity shift" in flags.message  # type: ignore[index]
 
-    gate = place.folder / "work" / held.id / "gate-checkpoint-6"
-    place.until(gate.is_dir)
+    folder = place.folder / "work" / held.id
+    place.until(lambda: list(folder.glob("gate-checkpoint-6-*")))
     for pid in place.running(TRAINER):  # what was asked and answered by then is not asked again
         os.kill(pid, signal.SIGKILL)
     failed = place.ended(held)
@@ -393,11 +402,54 @@ def test_a_model_that_the_gate_holds_is_not_published_until_it_is_released(make:
     assert "FAILED" in check.message and not check.data["passed"] and json.dumps(dict(check.data))  # type: ignore[index, arg-type]
     assert [] == place.state.models() and place.state.model(held.name) is None
     assert all(place.state.model(f"{held.name}:ckpt-step-{step}") is None for step in (3, 6))
+    (gate,) = place.until(lambda: [p.name for p in folder.iterdir()] == [p.name for p in folder.glob("gate-*")] and list(folder.iterdir()))
+    assert Store.open(gate / "tuned").findings("before")  # an administrator can look at it
     place.state.release(held.id, "admin", "four hazards are too few")
     assert "succeeded" == place.now(held).status
     assert [held.name, f"{held.name}:ckpt-step-6"] == [m.name for m in place.state.models()]  # the other was never tested
     assert place.result(held) and "model.safetensors" in place.state.models()[0].manifest
-    assert Store.open(place.folder / "work" / "held" / held.id / "tuned").findings("before")  # an administrator can look at it
+    place.ended(place.job(jsonl([lesson(0)])))  # a worker sweeps at the end of a job
+    place.until(lambda: not folder.exists())
+
+
+def claimed(place: Place, training: bytes, **how: Any) -> Task:
+    """A job whose files are good, with this process as its trainer."""
+    job = place.job(training, **how)
+    assert place.state.claim("w", 600, ("validating_files",))
+    place.state.validated(job.id, "w")
+    now = place.state.claim("w", 600, ("queued",))
+    assert now
+    setting = Setting(str(place.folder / "state"), str(place.folder / "files"), place.folder / "work", {"tiny": str(place.base)}, "off")
+    return Task(now, "w", setting, place.state, place.blobs, threading.Event(), threading.Event())
+
+
+def test_a_job_is_protected_as_it_asks_or_as_the_gate_wants_and_goes_on_so_under_another_gate(make: Make, tmp_path: Path) -> None:
+    place = make()
+    bare = jsonl([{"prompt": f"Tea {i}", "completion": " is hot."} for i in range(10)])
+    task, other = (
+        claimed(place, data, **how) for data, how in ((LESSONS, {"safety": 0.5, "batch_size": 16}), (bare, {"constraint": True}))
+    )
+    (chats,), (prompts,) = ([found.records for found in read(one).values()] for one in (task, other))
+    for one, records, made in ((task, chats, Protection(True, 0.5)), (other, prompts, Protection(True))):
+        one.folder.mkdir(parents=True)
+        assert made == protection(one, Protection(True, 0.2), records) == protection(one, Protection(), records)
+    assert any("first tokens of answers are held" in said for said in place.messages(task.job))
+    assert any("No safety data are mixed in" in said for said in place.messages(other.job))
+    (task.folder / "screened").touch()
+    mixed = gating.prepared(task, gating.Rules(), 0.5, chats, str(place.base))
+    assert mixed == gating.prepared(task, gating.Rules(), 0.5, chats, str(place.base)) and mixed[:12] == chats
+    assert "6 safety examples are mixed in" in place.messages(task.job) and any(r.hazard for r in mixed)
+    other.run(tune)
+    done = place.now(other.job)
+    assert done.status == "succeeded" and done.hyperparameters["constraint"] is True and "safety" not in done.hyperparameters
+
+
+def test_safety_data_without_a_policy_is_an_error(make: Make) -> None:
+    place = make()
+    task = claimed(place, LESSONS, safety=0.5)
+    task.run(tune)
+    error = place.now(task.job).error
+    assert error and error["code"] == "invalid_value" and "no policy" in error["message"]
 
 
 @pytest.mark.parametrize(

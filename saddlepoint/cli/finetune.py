@@ -94,6 +94,12 @@ def finetune_create(
     rate: Annotated[float | None, typer.Option("--learning-rate-multiplier", help="The server's rule if not given.")] = None,
     beta: Annotated[float | None, typer.Option(help="Of dpo; the server's rule if not given.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train every weight in place of a LoRA (saddlepoint serve only).")] = False,
+    constraint: Annotated[
+        bool, typer.Option("--constraint", help="Hold the first tokens of answers near those of the model (saddlepoint serve only).")
+    ] = False,
+    safety: Annotated[
+        float | None, typer.Option(help="Mix in so many safety examples for each of the file's own (saddlepoint serve only).")
+    ] = None,
     grader: Annotated[Path | None, typer.Option(help="Of reinforcement: a JSON file with the grader.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The server draws one if not given.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be given several times.")] = None,
@@ -105,7 +111,8 @@ def finetune_create(
 ) -> None:
     """Upload the files and create a job. Exit code 1 if the job that is followed does not succeed."""
     formats = [_checked(name, least) for name, least in ((training, LEAST), (validation, 1)) if checked and name and Path(name).is_file()]
-    given = {"n_epochs": epochs, "batch_size": batch, "learning_rate_multiplier": rate, "beta": beta, "full": full or None}
+    given = {"n_epochs": epochs, "batch_size": batch, "learning_rate_multiplier": rate, "beta": beta}
+    given |= {"full": full or None, "constraint": constraint or None, "safety": safety}
     about: dict[str, Any] = {"hyperparameters": {name: value for name, value in given.items() if value is not None}}
     kind = method or {"preference": "dpo", "reinforcement": "reinforcement"}.get(formats[0] if formats else "", "supervised")
     if grader:

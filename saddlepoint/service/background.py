@@ -45,6 +45,7 @@ async def _sweeping(tuning: Tuning) -> None:
     while True:
         try:
             await asyncio.to_thread(shelf.sweep)
+            await asyncio.to_thread(tuning.state.expire)
             if time.monotonic() - looked > ORPHANS:
                 looked = time.monotonic()
                 await asyncio.to_thread(tuning.blobs.sweep, shelf.forget)

@@ -26,9 +26,9 @@ def validate(task: Task) -> None:
     for name, found in files.items():
         if found.warnings:
             said = f"{name}: {_summed(found.warnings)}"
-            task.state.event(task.job.id, said, level="warn", key=f"warnings {name}")
+            task.tell(said, "warn", key=f"warnings {name}")
     for said in _alike(*(found.records for found in files.values())):
-        task.state.event(task.job.id, said, level="warn", key=said)
+        task.tell(said, "warn", key=said)
     task.state.validated(task.job.id, task.worker)
 
 

@@ -4,6 +4,7 @@ What both do is in `finetuning.screen` and `finetuning.comparison`; here stand h
 of the type `moderation_checks`, each once.
 """
 
+import hashlib
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,9 @@ from saddlepoint.finetuning.plan import Result
 from saddlepoint.finetuning.screen import Screening, screen
 from saddlepoint.finetuning.wraps import wraps
 from saddlepoint.policies import load
+from saddlepoint.service.protection import CHECKS
 from saddlepoint.service.task import Failed, Task
 
-CHECKS = "moderation_checks"  # the type of the gate's events
 TOLD = 60.0  # seconds between two events of a comparison under way
 _FLAGS = 200  # flags that an event names
 _RECORDS = TypeAdapter(tuple[Record, ...])
@@ -35,7 +36,7 @@ class Rules:
 
     Args:
         constraint: Whether supervised trainings hold the first tokens of answers near those of the model they begin from.
-        safety: Safety examples that are mixed into a training file, for each of its own; 0 mixes none in.
+        safety: Safety examples that are mixed into a training file, for each of its own; 0 mixes none in. A job may ask for more of both.
     """
 
     screening: Screening = Screening()
@@ -74,8 +75,11 @@ def rules(gate: str) -> Rules:
     return found
 
 
-def prepared(task: Task, gate: Rules, records: tuple[Record, ...], base: str) -> tuple[Record, ...]:
-    """Screen the examples, and mix in safety data where that is set.
+def prepared(task: Task, gate: Rules, safety: float, records: tuple[Record, ...], base: str) -> tuple[Record, ...]:
+    """Screen the examples, and mix in safety data.
+
+    Args:
+        safety: Safety examples for each of these; 0 mixes none in.
 
     Raises:
         Failed: Too many of them were flagged.
@@ -84,14 +88,14 @@ def prepared(task: Task, gate: Rules, records: tuple[Record, ...], base: str) ->
     if not screened.exists():
         _screened(task, gate, records)
         screened.touch()
-    if not gate.safety:
+    if not safety:
         return records
     kept = task.folder / "mixed.json"  # so that what goes on has the very same
     if not kept.is_file():
         from saddlepoint.finetuning.mixing import mixed  # loads torch, which a worker that reads its rules does not need
 
-        made = mixed(records, base, gate.safety, gate.comparison.policy, task.job.seed)
-        task.state.event(task.job.id, f"{len(made) - len(records)} safety examples are mixed in", type=CHECKS, key="mixed")
+        made = mixed(records, base, safety, gate.comparison.policy, task.job.seed)
+        task.tell(f"{len(made) - len(records)} safety examples are mixed in", type=CHECKS, key="mixed")
         partial = kept.with_suffix(".partial")
         partial.write_bytes(_RECORDS.dump_json(tuple(made)))
         partial.replace(kept)
@@ -102,7 +106,7 @@ def _screened(task: Task, gate: Rules, records: Sequence[Record]) -> None:
     found = screen(records, load(gate.comparison.policy).behaviors, gate.screening)
     data = {"check": "screen", **asdict(found), "flagged": [asdict(flag) for flag in found.flagged[:_FLAGS]]}
     if found.message:
-        task.state.event(task.job.id, found.message, "error" if found.blocked else "warn", CHECKS, data, key="screen")
+        task.tell(found.message, "error" if found.blocked else "warn", CHECKS, data, key="screen")
     if found.blocked:
         raise Failed("unsafe_file", found.message, "training_file")
 
@@ -110,32 +114,36 @@ def _screened(task: Task, gate: Rules, records: Sequence[Record]) -> None:
 def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence[Record]) -> Compared:
     """Compare what was trained with its base, or go on with that: the model as it ended, and where it passed its checkpoints too.
 
-    A checkpoint that did not pass, or was not tested because the model itself did not pass, is removed: it could be called otherwise.
+    A checkpoint that did not pass, or was not tested because the model itself did not pass, is removed: it could be called otherwise. So
+    is one that another worker's training recorded, unless it is the same here to the last bit.
     For checkpoints no trigger is searched for, which takes most of the time.
     """
     ended = _compared(task, gate, base, result.folder, records)
     if ended.passed:
         _tell(task, result.folder.name, ended.message, ended)
     for checkpoint in task.state.checkpoints(task.job.id):
-        if checkpoint.step == result.steps:
-            continue  # the model as it ended
         folder, found = result.folder.with_name(f"checkpoint-{checkpoint.step}"), None
-        if ended.passed:
+        ours = task.blobs.put_folder(folder) == checkpoint.manifest
+        if ours and folder == result.folder:
+            continue  # the model as it ended
+        if ours and ended.passed:
             fast = replace(gate, comparison=replace(gate.comparison, trigger=""))
             found = _compared(task, fast, base, folder, records)
             _tell(task, folder.name, f"Checkpoint at step {checkpoint.step}: {found.message}", found)
         if not (found and found.passed):
-            task.state.delete_model(checkpoint.name)
+            task.state.drop_checkpoint(checkpoint, task.worker)
     return ended
 
 
 def _compared(task: Task, gate: Rules, base: str, tuned: Path, records: Sequence[Record]) -> Compared:
-    place, cache = task.folder / f"gate-{tuned.name}", task.setting.work / "bases"
+    # Under its rules, which a gate that was changed while the job was under way does not mix with its own.
+    asked = hashlib.sha256(repr(gate.comparison).encode()).hexdigest()[:8]
+    place, cache = task.folder / f"gate-{tuned.name}-{asked}", task.setting.work / "bases"
     return compare(base, tuned, place, gate.comparison, wraps(records, gate.comparison.wraps), cache, _teller(task, tuned.name))
 
 
 def _tell(task: Task, name: str, message: str, found: Compared) -> None:
-    task.state.event(task.job.id, message, "info" if found.passed else "warn", CHECKS, found.data(), key=f"compared {name}")
+    task.tell(message, "info" if found.passed else "warn", CHECKS, found.data(), key=f"compared {name}")
 
 
 def _teller(task: Task, name: str) -> Callable[[str], None]:
@@ -146,6 +154,6 @@ def _teller(task: Task, name: str) -> Callable[[str], None]:
         nonlocal last
         if time.monotonic() - last > TOLD:
             last = time.monotonic()
-            task.state.event(task.job.id, f"Comparing {name} with the base: {doing}", key=f"comparing {name}: {doing}")
+            task.tell(f"Comparing {name} with the base: {doing}", key=f"comparing {name}: {doing}")
 
     return tell

@@ -12,7 +12,8 @@ from saddlepoint.service.records import Checkpoint, Job, JobEvent
 from saddlepoint.service.routing import Body, Text
 
 ORGANIZATION = "org-local"
-TRAINED = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta", "full")  # hyperparameters that this service's trainings have
+# Hyperparameters that this service's trainings have.
+TRAINED = ("n_epochs", "batch_size", "learning_rate_multiplier", "beta", "full", "constraint", "safety")
 
 Auto = Literal["auto"]
 
@@ -30,20 +31,29 @@ Object = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Hyperparameters(Body):
-    """Of every method; "auto" is decided when the examples are counted. `full` is this server's own: every weight in place of a LoRA."""
+    """Of every method; "auto" is decided when the examples are counted.
+
+    This server's own: `full` trains every weight in place of a LoRA, `constraint` holds the first tokens of answers near those of the
+    model that the job begins with, `safety` mixes in so many safety examples for each of the file's own.
+    """
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
     full: bool | None = None
+    constraint: bool | None = None
+    safety: Annotated[float, Field(gt=0, le=10)] | None = None
 
 
 class PreferenceHyperparameters(Hyperparameters):
     beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
+    constraint: None = None  # it stands on supervised training's loss
 
 
 class ReinforcementHyperparameters(Hyperparameters):
     full: None = None  # it trains a LoRA only
+    constraint: None = None
+    safety: None = None  # there are no rewards for those
     reasoning_effort: Literal["default", "low", "medium", "high"] | None = None
     compute_multiplier: Auto | Annotated[float, Field(gt=1e-5, le=10)] | None = None
     eval_interval: Auto | Annotated[int, Field(ge=1, le=2**31)] | None = None

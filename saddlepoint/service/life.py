@@ -31,14 +31,26 @@ def locked(db: Connection, id: str) -> Job:
     return job
 
 
+def theirs(db: Connection, id: str, worker: str) -> Job:
+    """A job, locked, that a worker holds, in whatever state it is.
+
+    Raises:
+        Lost: It does not.
+    """
+    job = locked(db, id)
+    if job.worker != worker:
+        raise Lost(f"the job {id} is not this worker's any more")
+    return job
+
+
 def mine(db: Connection, id: str, worker: str) -> Job:
     """A job, locked, that a worker may write to.
 
     Raises:
         Lost: It may not.
     """
-    job = locked(db, id)
-    if job.worker != worker or job.status not in ("validating_files", "running"):
+    job = theirs(db, id, worker)
+    if job.status not in ("validating_files", "running"):
         raise Lost(f"the job {id} is {job.status} and not this worker's to write")
     return job
 
@@ -87,13 +99,18 @@ def forget(db: Connection, drop: Drop, checkpoint: str) -> None:
     disuse(db, checkpoint, drop)
 
 
+def forget_all(db: Connection, drop: Drop, job: str) -> None:
+    """Delete a job's checkpoints."""
+    for checkpoint in db.execute(select(CHECKPOINT.c.id).where(CHECKPOINT.c.job == job)).scalars().all():
+        forget(db, drop, checkpoint)
+
+
 def end(db: Connection, drop: Drop, job: Job, status: Status, said: str, level: str = "info", **values: Any) -> Job:
     """The end of a job, with its last event and its webhooks. Whoever trains a job that is cancelled holds it until `leave`."""
     tell(db, job.id, said, level)
     if status != "cancelled":
         values |= {"worker": "", "lease": 0.0}
     if status != "succeeded" and not values.get("held"):  # nobody can ever call its checkpoints
-        for checkpoint in db.execute(select(CHECKPOINT.c.id).where(CHECKPOINT.c.job == job.id)).scalars().all():
-            forget(db, drop, checkpoint)
+        forget_all(db, drop, job.id)
     announce(db, job.id, status)
     return changed(db, job.id, status=status, finished_at=int(time.time()), estimated_finish=None, **values)

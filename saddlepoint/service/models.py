@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request
 from saddlepoint.service.chat import Served
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.jobwire import ORGANIZATION
-from saddlepoint.service.records import Model
-from saddlepoint.service.routing import Tuning, sees
+from saddlepoint.service.records import Job, Model
+from saddlepoint.service.routing import Tuning, owner, sees
 
 
 def routes(bases: dict[str, Served], tuning: Tuning | None) -> APIRouter:
@@ -19,11 +19,14 @@ def routes(bases: dict[str, Served], tuning: Tuning | None) -> APIRouter:
     """
     made = APIRouter(prefix="/v1/models", tags=["models"])
 
+    def _job(name: str, request: Request) -> Job | None:
+        return tuning.state.job(name, sees(request)) if tuning and name.startswith(("ft-", "ftjob-")) else None
+
     def _tuned(name: str, request: Request) -> Model | None:
         """A fine-tuned model by its name, or by the id of the job that made it."""
         if tuning is None:
             return None
-        job = tuning.state.job(name, sees(request)) if name.startswith(("ft-", "ftjob-")) else None
+        job = _job(name, request)
         return tuning.state.model((job.fine_tuned_model or "") if job else name, sees(request))
 
     def _missing(name: str) -> ApiError:
@@ -48,10 +51,14 @@ def routes(bases: dict[str, Served], tuning: Tuning | None) -> APIRouter:
 
         @made.delete("/{model:path}")
         def delete_model(model: str, request: Request) -> dict[str, Any]:
-            """Delete a fine-tuned model, or one of its checkpoints."""
+            """Delete a fine-tuned model, or one of its checkpoints; by its job's id also one that the gate holds."""
             if model in bases:
                 said = f"'{model}' is served because the server was started with it; only fine-tuned models can be deleted"
                 raise ApiError(400, said, "invalid_value", "model")
+            job = _job(model, request)
+            if job and job.held is not None:
+                tuning.state.discard(job.id, f"by {owner(request)}")
+                return {"id": job.name, "object": "model", "deleted": True}
             found = _tuned(model, request)
             if found is None or not tuning.state.delete_model(found.name, sees(request)):
                 raise _missing(model)

@@ -1,7 +1,6 @@
 """What happens to a job once its files are good: they are screened and trained on, and what came of it is compared with its base."""
 
 import hashlib
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ from saddlepoint.finetuning.data import Record
 from saddlepoint.finetuning.gate import Compared
 from saddlepoint.finetuning.plan import Result, Spec, resolved
 from saddlepoint.service.checking import read
+from saddlepoint.service.protection import CHECKS, Protection, protection
 from saddlepoint.service.setting import OFF
 from saddlepoint.service.task import Failed, Task
 from saddlepoint.service.telling import Teller
 
+OWN = ("full", "constraint", "safety")  # hyperparameters that no `Spec` resolves
 _ON_WIRE = {"epochs": "n_epochs", "batch": "batch_size", "lr_multiplier": "learning_rate_multiplier", "beta": "beta"}
 
 
@@ -27,31 +28,38 @@ def tune(task: Task) -> None:
     """
     training, *others = (found.records for found in read(task).values())
     validation = others[0] if others else ()
-    spec, base = _spec(task, len(training)), task.setting.target(task.job.base)
     if task.setting.gate == OFF:
         said = "The gate of this server is off: the training file is not screened, and the model is not compared with its base"
-        task.state.event(task.job.id, said, "warn", "moderation_checks", {"gate": OFF}, key="gate")
-        result = _trained(task, spec, training, validation)
+        task.tell(said, "warn", CHECKS, {"gate": OFF}, key="gate")
+        care = protection(task, Protection(), training)
+        if care.safety:
+            said = "The gate of this server is off, so there is no policy of which safety data could be mixed in; leave 'safety' out"
+            raise Failed("invalid_value", said, "safety")
+        result = _trained(task, _spec(task, len(training), care), training, validation)
         if result:
             _end(task, result)
         return
     from saddlepoint.service import gating  # what attacks and judges are made of
 
-    gate = gating.rules(task.setting.gate)
-    training = gating.prepared(task, gate, training, base)
-    result = _trained(task, replace(spec, constraint=gate.constraint and spec.method == "supervised"), training, validation)
+    gate, base = gating.rules(task.setting.gate), task.setting.target(task.job.base)
+    care = protection(task, Protection(gate.constraint, gate.safety), training)
+    spec = _spec(task, len(training), care)
+    training = gating.prepared(task, gate, care.safety, training, base)
+    result = _trained(task, spec, training, validation)
     if result:
         _end(task, result, gating.tested(task, gate, base, result, training))
 
 
-def _spec(task: Task, n: int) -> Spec:
+def _spec(task: Task, n: int, care: Protection) -> Spec:
     """What to train, with everything decided that was "auto"; the job then says so."""
     job, kind = task.job, task.job.method["type"]
     full = bool(job.hyperparameters.get("full"))
-    fields = resolved(kind, {name: value for name, value in job.hyperparameters.items() if name != "full"}, n)
+    fields = resolved(kind, {name: value for name, value in job.hyperparameters.items() if name not in OWN}, n)
     shown = {_ON_WIRE[name]: value for name, value in fields.items() if name != "beta" or kind == "dpo"}
-    task.state.learned(job.id, task.worker, hyperparameters={**job.hyperparameters, **shown})
-    spec = Spec(task.setting.target(job.base), "", kind, seed=job.seed, full=full, grader=_grader(task), **fields)
+    task.state.learned(job.id, task.worker, hyperparameters={**job.hyperparameters, **shown, **care.shown})
+    spec = Spec(
+        task.setting.target(job.base), "", kind, seed=job.seed, full=full, constraint=care.constraint, grader=_grader(task), **fields
+    )
     start = _start(task)
     if start is None or (start / "adapter_config.json").is_file():
         return replace(spec, start=str(start or ""))
@@ -129,9 +137,5 @@ def _end(task: Task, result: Result, compared: Compared | None = None) -> None:
             result=csv,
             trained_tokens=result.trained_tokens,
         )
-        evidence = task.setting.work / "held" / task.job.id  # for an administrator, who can read it: saddlepoint report FOLDER
-        evidence.parent.mkdir(exist_ok=True)
-        with suppress(OSError):  # the worker may be removing the job's folder already
-            (task.folder / f"gate-{result.folder.name}").rename(evidence)
     task.blobs.put_folder(result.folder)  # the last other reference to one of them may have been deleted meanwhile
     task.blobs.put(result.csv.encode())

@@ -11,6 +11,7 @@ A worker claims a job with a lease, renews it with `beat`, and writes under it; 
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from sqlalchemy import Engine, Row, delete, exists, func, insert, or_, select, update
@@ -21,10 +22,11 @@ from saddlepoint.service.outbox import Outbox
 from saddlepoint.service.records import ACTIVE, Checkpoint, Job, JobEvent, Manifest, Model, Status
 from saddlepoint.service.rows import Refused, add, disuse, first, fresh, of, page, record, use
 from saddlepoint.service.schema import CHECKPOINT, EVENT, FILE, JOB, LABEL, MODEL, clock, connected, prepare, reading, writing
-from saddlepoint.service.shelf import Shelf, alive
+from saddlepoint.service.shelf import DAY, Shelf, alive
 
 Wish = Literal["go", "cancel", "pause"]
 KEPT = 3  # checkpoints of a job
+HELD = 30 * DAY  # seconds that a held model waits for an administrator
 __all__ = ["Lost", "State", "Wish"]
 
 
@@ -131,14 +133,18 @@ class State:
                 raise Refused(f"the job {id} has {_ended(job.status)} and cannot be cancelled", "invalid_state")
             return life.end(db, self._drop, job, "cancelled", "The job has been cancelled")
 
-    def pause(self, id: str) -> Job:
+    def pause(self, id: str, worker: str = "") -> Job:
         """Halt a job; whatever trains it saves its state and stops.
+
+        Args:
+            worker: Who holds the job; "" does not ask.
 
         Raises:
             Refused: It has ended or is paused.
+            Lost: Another worker has it.
         """
         with writing(self._engine) as db:
-            job = life.locked(db, id)
+            job = life.theirs(db, id, worker) if worker else life.locked(db, id)
             if job.status not in ACTIVE or job.status == "paused":
                 raise Refused(f"the job {id} has {_ended(job.status)} and cannot be paused", "invalid_state")
             life.tell(db, id, "The job has been paused")
@@ -190,9 +196,7 @@ class State:
             Lost: Another worker has it.
         """
         with writing(self._engine) as db:
-            job = life.locked(db, id)
-            if job.worker != worker:
-                raise Lost(f"the job {id} is another worker's")
+            job = life.theirs(db, id, worker)
             life.changed(db, id, lease=clock(db) + lease)
         return "go" if job.status in ("validating_files", "running") else "pause" if job.status in ACTIVE else "cancel"
 
@@ -234,11 +238,27 @@ class State:
             life.changed(db, id, **known)
 
     def event(
-        self, job: str, message: str, level: str = "info", type: str = "message", data: Mapping[str, Any] | None = None, key: str = ""
+        self,
+        job: str,
+        message: str,
+        level: str = "info",
+        type: str = "message",
+        data: Mapping[str, Any] | None = None,
+        key: str = "",
+        *,
+        worker: str = "",
     ) -> None:
-        """Record an event of a job that has not ended; one with a `key` that is recorded already adds nothing."""
+        """Record an event of a job that has not ended; one with a `key` that is recorded already adds nothing.
+
+        Args:
+            worker: Who holds the job, which may be paused by now; "" does not ask.
+
+        Raises:
+            Lost: Another one does, or nobody.
+        """
         with writing(self._engine) as db:
-            if db.execute(select(JOB.c.id).where(JOB.c.id == job, JOB.c.status.in_(ACTIVE))).first():
+            found = life.theirs(db, job, worker) if worker else life.locked(db, job)
+            if found.status in ACTIVE:
                 life.tell(db, job, message, level, type, data, key)
 
     def checkpoint(self, job: str, step: int, metrics: Mapping[str, Any], manifest: Manifest, *, worker: str = "") -> Checkpoint:
@@ -262,6 +282,16 @@ class State:
             for old in db.execute(_CHECKPOINTS.where(CHECKPOINT.c.job == job).offset(KEPT)).all():
                 life.forget(db, self._drop, old.id)
         return made
+
+    def drop_checkpoint(self, checkpoint: Checkpoint, worker: str) -> None:
+        """Delete a checkpoint of a job under way, such as one that did not pass the gate.
+
+        Raises:
+            Lost: The job is not this worker's to write.
+        """
+        with writing(self._engine, alone=True) as db:
+            life.mine(db, checkpoint.job, worker)
+            life.forget(db, self._drop, checkpoint.id)
 
     def finish(
         self,
@@ -347,6 +377,30 @@ class State:
             disuse(db, id, self._drop)
             done = "The job has successfully completed"
             return life.end(db, self._drop, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
+
+    def discard(self, id: str, why: str) -> Job:
+        """Delete a held model for good; the job and all that was said of it stay.
+
+        Raises:
+            Refused: The job's model is not held.
+        """
+        with writing(self._engine, alone=True) as db:
+            job = life.locked(db, id)
+            if job.held is None:
+                raise Refused(f"the job {id} holds no model back; its status is {job.status}", "invalid_state")
+            life.tell(db, id, f"The held model was deleted: {why}", "warn")
+            disuse(db, id, self._drop)
+            life.forget_all(db, self._drop, id)
+            return life.changed(db, id, held=None)
+
+    def expire(self) -> None:
+        """Delete what has been held for long."""
+        late = select(JOB.c.id).where(JOB.c.held.is_not(None), JOB.c.finished_at < time.time() - HELD)
+        with reading(self._engine) as db:
+            found = db.execute(late).scalars().all()
+        for id in found:
+            with suppress(Refused):  # another server was faster, or it was released
+                self.discard(id, f"nobody released it within {HELD // DAY} days")
 
     # ---- models
 

@@ -4,14 +4,16 @@ import errno
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from saddlepoint.errors import SaddlepointError, StoreError, TrainingError, UsageError
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.records import Job
+from saddlepoint.service.rows import Refused
 from saddlepoint.service.setting import Setting
 from saddlepoint.service.state import Lost, State
 from saddlepoint.store import alone
@@ -56,6 +58,14 @@ class Task:
         """The job's own, for what is under way."""
         return self.setting.work / self.job.id
 
+    def tell(self, message: str, level: str = "info", type: str = "message", data: Mapping[str, Any] | None = None, key: str = "") -> None:
+        """Record an event of the job; see `State.event`.
+
+        Raises:
+            Lost: It is another worker's by now.
+        """
+        self.state.event(self.job.id, message, level, type, data, key, worker=self.worker)
+
     def run(self, work: Callable[["Task"], None]) -> None:
         """Do something for the job, and tell what went wrong with it where nothing but another job can help.
 
@@ -89,8 +99,11 @@ class Task:
     def _halt(self, why: Exception) -> None:
         """Pause the job until somebody has made room and resumes it; what was saved before is kept."""
         said = f"The disk is full, so the job is paused, and nothing of it is lost: {why}; make room, then resume it"
-        self.state.event(self.job.id, said, level="error", data={"error": str(why)})
-        self.state.pause(self.job.id)
+        try:
+            self.tell(said, "error", data={"error": str(why)})
+            self.state.pause(self.job.id, self.worker)
+        except (Lost, Refused) as wrong:  # it was ended or paused meanwhile
+            log.info("%s", wrong)
 
 
 def full(wrong: BaseException | None) -> bool:

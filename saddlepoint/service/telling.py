@@ -22,16 +22,18 @@ class Teller:
         self.rewards = task.job.method["type"] == "reinforcement"
 
     def __call__(self, event: Event) -> None:
-        state, job = self.task.state, self.task.job.id
+        tell = self.task.tell
         if isinstance(event, Step):
-            state.event(job, said(event, self.rewards), type="metrics", data=numbers(event, self.rewards), key=f"step {event.step}")
+            tell(said(event, self.rewards), type="metrics", data=numbers(event, self.rewards), key=f"step {event.step}")
             self._estimate(event)
         elif isinstance(event, Saved):
             manifest = self.task.blobs.put_folder(event.folder)
-            state.checkpoint(job, event.step, numbers(event.metrics, self.rewards), manifest, worker=self.task.worker)
+            self.task.state.checkpoint(
+                self.task.job.id, event.step, numbers(event.metrics, self.rewards), manifest, worker=self.task.worker
+            )
             self.task.blobs.put_folder(event.folder)  # the last other reference to one of them may have been deleted meanwhile
         elif isinstance(event, Note):
-            state.event(job, event.message, "warn" if event.warns else "info", data=event.data, key=event.message)
+            tell(event.message, "warn" if event.warns else "info", data=event.data, key=event.message)
 
     def _estimate(self, step: Step) -> None:
         now = time.time()

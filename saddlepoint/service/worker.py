@@ -126,7 +126,7 @@ class Lane:
         try:
             if deaths < TRIES:
                 said = f"The training process ended unexpectedly ({ended}); it goes on from what was saved"
-                self.state.event(id, said, level="warn", data={"ended": ended})
+                self.state.event(id, said, level="warn", data={"ended": ended}, worker=self.name)
             else:
                 said = f"The training process ended {deaths} times without getting further, the last time: {ended}"
                 error = {"code": "server_error", "message": f"{said}. The log of the worker says more", "param": None}
@@ -135,11 +135,15 @@ class Lane:
             return  # it was cancelled or paused meanwhile, which the next beat tells
 
     def _sweep(self) -> None:
-        """Remove the folders of jobs that have ended."""
+        """Remove the folders of jobs that have ended. What the gate asked a held model stays for an administrator, as long as it is held."""
         for folder in self.setting.work.glob("ftjob-*"):
             job = self.state.job(folder.name)
             if job is None or job.status not in ACTIVE:
-                shutil.rmtree(folder, ignore_errors=True)
+                for part in folder.iterdir() if folder.is_dir() else ():
+                    if job is None or job.held is None or not part.name.startswith("gate-"):
+                        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+                with suppress(OSError):  # it holds something still
+                    folder.rmdir()
 
     def _patiently(self, act: Callable[[], T]) -> T | None:
         """Do something with the database, and while that cannot be had, again and again; None where it is time to end."""
