@@ -148,6 +148,11 @@ def test_a_message_cannot_forge_a_turn(tiny: HF) -> None:
 def test_an_example_without_a_trained_token_is_an_error_that_names_its_line(spec: Spec, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^line 3: no token would be trained on: .*weight 0"):
         train(spec, [*chats(2), chat(3, "How?", "So.", learned=())], [], tmp_path)
+    lost = [chat(line, "How?", "So.", learned=()) for line in (3, 5, 8)]
+    with pytest.raises(TrainingError, match=r"^line 3: .*; 2 more cannot be trained on: lines 5, 8$"):
+        train(spec, [*chats(2), *lost], [], tmp_path)
+    with pytest.raises(TrainingError, match=r"^line 8 of the validation examples: "):
+        train(spec, chats(2), lost[2:], tmp_path)
 
 
 def test_an_answer_beyond_the_context_is_such_an_example(spec: Spec, tmp_path: Path) -> None:

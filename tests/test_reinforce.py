@@ -19,7 +19,7 @@ from service_place import TRAINER, Place, jsonl, placed
 from saddlepoint.errors import TrainingError, UsageError
 from saddlepoint.finetuning import reinforce
 from saddlepoint.finetuning.data import Record, check
-from saddlepoint.finetuning.plan import Saved, Spec, Step
+from saddlepoint.finetuning.plan import Note, Saved, Spec, Step
 from saddlepoint.service.records import Job
 from saddlepoint.service.rows import fresh
 
@@ -55,6 +55,8 @@ def test_a_training_goes_on_exactly_from_wherever_it_was_broken_off(tiny_folder:
     whole: list[Event] = []
     done = reinforce.train(spec(tiny_folder), records(), records(2), tmp_path / "whole", whole.append)
     assert done and done.steps == 6 and [e.step for e in whole if isinstance(e, Saved)] == [3, 6]
+    (note,) = [e for e in whole if isinstance(e, Note)]
+    assert note.data and note.data["tokens"]["n"] == 5 and note.data["trained_tokens"]["total"] == 0 and "trained on" not in note.message
     steps = [e for e in whole if isinstance(e, Step)]
     assert [s.step for s in steps] == [1, 2, 3, 4, 5, 6] and {s.steps for s in steps} == {6}
     assert all(0 < s.train_accuracy < 1 for s in steps) and [s.full_valid_accuracy is not None for s in steps] == [False, False, True] * 2

@@ -1,13 +1,15 @@
 """How long examples are for the model that is to be trained: by its own tokenizer and template, as its training will read them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from saddlepoint.errors import SaddlepointError
+from saddlepoint.finetuning.cost import Prices, cost
 from saddlepoint.finetuning.data import Mistake, Record
+from saddlepoint.finetuning.plan import Note
 from saddlepoint.types import Message
 
 if TYPE_CHECKING:
@@ -69,6 +71,28 @@ def spread(values: Sequence[int]) -> Spread:
     data = np.asarray(values or [0], dtype=np.int64)
     low, median, high = (float(q) for q in np.quantile(data, [0.05, 0.5, 0.95]))
     return Spread(len(values), int(data.sum()), int(data.min()), int(data.max()), float(data.mean()), median, low, high)
+
+
+def told(records: Sequence[Record], sides: Sequence[Sequence[int]], learned: Sequence[int], room: int, epochs: int) -> Iterator[Note]:
+    """What a job tells of its examples: how long they are, which fill the context, and what they would be billed elsewhere.
+
+    Args:
+        sides: Tokens of each text that an example becomes, as far as the model reads it: of a preference two.
+        learned: Tokens of each example that are trained on.
+        room: Tokens of the context.
+    """
+    lengths = [sum(both) for both in sides]
+    tokens, trained = spread(lengths), spread(learned)
+    filled = [r.line for r, both in zip(records, sides, strict=True) if max(both) >= room]
+    paid = cost(Prices(), lengths, trained.total, epochs)
+    said = f"{tokens.n} examples of {tokens.min} to {tokens.max} tokens, {tokens.total} in all"
+    said += f", of which {trained.total} are trained on" if trained.total else ""
+    said += f"; {epochs} epoch(s) of them are {paid.training:,.2f} by the prices of {paid.prices.name}"
+    data = {"tokens": asdict(tokens), "trained_tokens": asdict(trained), "truncated_lines": filled[:200], "cost": asdict(paid)}
+    yield Note(said, data, warns=False)
+    if filled:
+        shown = ", ".join(map(str, filled[:5])) + ", ..." * (len(filled) > 5)
+        yield Note(f"{len(filled)} of {tokens.n} examples fill the context of {room} tokens; what lies beyond is cut off: lines {shown}")
 
 
 def measured(records: Sequence[Record], model: "HF", tell: Callable[[int], None] = lambda _: None) -> Counts:

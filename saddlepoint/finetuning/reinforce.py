@@ -27,7 +27,7 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from saddlepoint.errors import MissingExtraError, TrainingError, UsageError
-from saddlepoint.finetuning import checkpoints, grader_types
+from saddlepoint.finetuning import checkpoints, counts, grader_types
 from saddlepoint.finetuning.checkpoints import State
 from saddlepoint.finetuning.data import Record
 from saddlepoint.finetuning.graders import OF_THE_ANSWER, grade
@@ -78,6 +78,10 @@ def train(
     checkpoints.sweep(folder)
     model = HF.load(spec.base)
     began = checkpoints.load(folder / "state", run, model.device)
+    lengths = [len(model.prompt_ids(r.chat)) for r in training]
+    if began is None:
+        for note in counts.told(training, [[length] for length in lengths], [0] * len(lengths), model.context, spec.epochs):
+            tell(note)
     each = math.ceil(len(training) / spec.batch)
     learning = _Learning(spec, grader, model, training, validation, folder, run, each, tell, stop, began, began.told if began else [])
     if len(learning.told) < each * spec.epochs:
@@ -85,9 +89,8 @@ def train(
             learning.go()
         except Stopped:  # the state of the last whole update is kept already
             return None
-    tokens = sum(len(model.prompt_ids(r.chat)) for r in training) * EACH * spec.epochs
     steps = learning.told
-    return Result(tokens, len(steps), _csv(steps), folder / f"checkpoint-{len(steps)}")
+    return Result(sum(lengths) * EACH * spec.epochs, len(steps), _csv(steps), folder / f"checkpoint-{len(steps)}")
 
 
 @dataclass(eq=False)

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saddlepoint.errors import TrainingError, UsageError
-from saddlepoint.finetuning import checkpoints
+from saddlepoint.finetuning import checkpoints, counts
 from saddlepoint.finetuning.checkpoints import State
-from saddlepoint.finetuning.counts import spread
 from saddlepoint.finetuning.learner import Learner, learner
 from saddlepoint.finetuning.masks import encoded
 from saddlepoint.finetuning.objectives import gradient, measured
@@ -79,11 +78,7 @@ def train(
     if not training:
         raise UsageError("there is nothing to train on: no examples were given; give at least one")
     model = HF.load(spec.base)
-    lessons = [encoded(model, r) for r in training]
-    try:
-        checks = [encoded(model, r) for r in validation]
-    except TrainingError as wrong:
-        raise TrainingError(str(wrong).replace(":", " of the validation examples:", 1)) from wrong
+    lessons, checks = _lessons(model, training, ""), _lessons(model, validation, " of the validation examples")
     run = hashlib.sha256(json.dumps([repr(spec), [[_key(e) for e in part] for part in (lessons, checks)]]).encode()).hexdigest()
     checkpoints.sweep(folder)
     pupil = learner(model, spec)
@@ -91,7 +86,9 @@ def train(
     if state is None:
         weights = torch.cat([p.detach().float().flatten() for p in pupil.working])
         state = State(weights, torch.zeros_like(weights), torch.zeros_like(weights))
-        for note in _counted(training, lessons, model.context):
+        texts = [[e, e.rejected] if e.rejected else [e] for e in lessons]
+        learned = [sum(token != -100 for e in both for token in e.learned) for both in texts]
+        for note in counts.told(training, [[len(e.ids) for e in both] for both in texts], learned, model.context, spec.epochs):
             tell(note)
     hazards = sorted({r.hazard for r in training if r.hazard} | trained_on(spec.start or spec.base))
     saved, cost = time.monotonic(), 0.0
@@ -117,17 +114,27 @@ def train(
     return Result(tokens, state.step, _csv(state.told), folder / f"checkpoint-{state.step}")
 
 
-def _counted(records: "Sequence[Record]", lessons: Sequence[Encoded], room: int) -> Iterator[Note]:
-    """How long the examples are, and which fill the context."""
-    texts = [[e, e.rejected] if e.rejected else [e] for e in lessons]
-    tokens = spread([sum(len(e.ids) for e in both) for both in texts])
-    trained = spread([sum(token != -100 for e in both for token in e.learned) for both in texts])
-    filled = [r.line for r, both in zip(records, texts, strict=True) if max(len(e.ids) for e in both) >= room]
-    said = f"{tokens.n} examples of {tokens.min} to {tokens.max} tokens, {tokens.total} in all, of which {trained.total} are trained on"
-    yield Note(said, {"tokens": asdict(tokens), "trained_tokens": asdict(trained), "truncated_lines": filled[:200]}, warns=False)
-    if filled:
-        shown = ", ".join(map(str, filled[:5])) + ", ..." * (len(filled) > 5)
-        yield Note(f"{len(filled)} of {tokens.n} examples fill the context of {room} tokens; what lies beyond is cut off: lines {shown}")
+def _lessons(model: HF, records: "Sequence[Record]", of: str) -> list[Encoded]:
+    """Examples as they are trained on.
+
+    Args:
+        of: Which examples they are, after the number of a line.
+
+    Raises:
+        TrainingError: Some cannot be: what is wrong with the first, and the lines of the others.
+    """
+    made, wrong = [], dict[int, str]()
+    for record in records:
+        try:
+            made.append(encoded(model, record))
+        except TrainingError as why:
+            wrong[record.line] = str(why)
+    if wrong:
+        first, *others = wrong
+        shown = ", ".join(map(str, others[:5])) + ", ..." * (len(others) > 5)
+        said = wrong[first].replace(":", f"{of}:", 1)
+        raise TrainingError(said + (f"; {len(others)} more cannot be trained on: lines {shown}" if others else ""))
+    return made
 
 
 def _key(e: Encoded) -> list[Any]:
