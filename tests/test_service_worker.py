@@ -460,6 +460,8 @@ def test_safety_data_without_a_policy_is_an_error(make: Make) -> None:
         ("safety = -1", "safety: .* got -1"),
         ("[comparison]\nbounds = [20, 20, 20]", "comparison.bounds.0: .*less than or equal to 1, got 20"),
         ("[screening]\nbound = 5", "screening.bound: .* got 5"),
+        ("[screening]\npolicies = ['fictionl']", "no policy 'fictionl'"),
+        ("[screening]\njudge = 'rubrik'", "no judge 'rubrik'"),
         ("[comparison]\nattacks = 'piar'", "no attack 'piar'; closest: 'pair'"),
         ("safety = ", "cannot be read as TOML"),
     ],

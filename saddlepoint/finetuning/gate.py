@@ -21,12 +21,16 @@ Source: Tango 1998, "Equivalence test and confidence interval for the difference
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from scipy.optimize import brentq
 from scipy.stats import multinomial
 
 from saddlepoint.metrics import Estimate, Rate, _wilson
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A setting in [0, 1], which a gate's file is held to: 20 for 20 points would pass every model."""
 
 Shares = Mapping[str, float]
 """For each case, in which share of the ways it was asked the model did what it should not, in [0, 1]."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from saddlepoint.campaign import judged
 from saddlepoint.defenses.detection._guard import classifying, revealed, unsafe
 from saddlepoint.defenses.detection.hidden_text import FINDERS
+from saddlepoint.finetuning.gate import Share
 from saddlepoint.finetuning.identity import obedience
 from saddlepoint.finetuning.near import Near
 from saddlepoint.judges import open_judge
@@ -56,13 +57,13 @@ class Screening:
         obedience: Probability from which on a sentence counts as one that makes the model obey whatever it is told, in [0, 1].
     """
 
-    bound: float = 0.05
+    bound: Share = 0.05
     guard: str = "guard"
-    threshold: float = 0.5
+    threshold: Share = 0.5
     judge: str = ""
-    near: float = 0.5
+    near: Share = 0.5
     policies: tuple[str, ...] = ()
-    obedience: float = 0.7
+    obedience: Share = 0.7
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from saddlepoint.errors import UsageError
 from saddlepoint.finetuning.comparison import Comparison, compare
@@ -22,6 +22,7 @@ from saddlepoint.finetuning.plan import Result
 from saddlepoint.finetuning.screen import Screening, screen
 from saddlepoint.finetuning.wraps import wraps
 from saddlepoint.policies import load
+from saddlepoint.registry import parse
 from saddlepoint.service.protection import CHECKS
 from saddlepoint.service.task import Failed, Task
 
@@ -36,13 +37,14 @@ class Rules:
 
     Args:
         constraint: Whether supervised trainings hold the first tokens of answers near those of the model they begin from.
-        safety: Safety examples that are mixed into a training file, for each of its own; 0 mixes none in. A job may ask for more of both.
+        safety: Safety examples that are mixed into a training file, for each of its own, in [0, 10]; 0 mixes none in. A job may ask for more
+            of both.
     """
 
     screening: Screening = Screening()
     comparison: Comparison = Comparison()
     constraint: bool = False
-    safety: float = 0.0
+    safety: Annotated[float, Field(ge=0, le=10)] = 0.0
 
 
 def rules(gate: str) -> Rules:
@@ -72,6 +74,10 @@ def rules(gate: str) -> Rules:
         first = wrong.errors()[0]
         raise UsageError(f"--gate {gate}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
     found.comparison.config("organism")  # its attacks and its judge are there
+    for policy in found.screening.policies:
+        load(policy)
+    if found.screening.judge:
+        parse("judge", found.screening.judge)
     return found
 
 
