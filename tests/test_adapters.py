@@ -256,6 +256,7 @@ def test_an_upstream_generates_behind_our_guards_and_loads_adapters_as_they_are_
     up = Upstream(far.url, tmp_path / "upstream")
     base = Served("tiny", PerplexityFilter(up.base(), tiny, threshold=sum(scores) / 2))
     own, tuning = service(place, [base], load=up.load, unload=up.unload, most=1)
+    (left := up.folder / "left").mkdir(parents=True), (left / "lock").touch()
     names = [published(*place, folder) for folder in folders[:2]]
     with running(own, keys=KEYS, tuning=tuning) as url, client(url) as here:
         assert ask(here, "tiny", fine).choices[0].message.content == f"big says {fine}" and not far.loaded
@@ -266,6 +267,7 @@ def test_an_upstream_generates_behind_our_guards_and_loads_adapters_as_they_are_
         streamed = "".join(c.choices[0].delta.content or "" for c in ask(here, names[1], fine, stream=True))
         assert streamed == f"{names[1]} says {fine}"
         assert list(far.loaded) == [names[1]] and not path.exists()  # the first one made room
+        assert not left.exists()  # of a server that was killed
         far.loaded.clear()  # it was started anew
         assert ask(here, names[1], fine).choices[0].message.content == f"{names[1]} says {fine}"
         far.loaded.clear()
@@ -279,6 +281,27 @@ def test_an_upstream_generates_behind_our_guards_and_loads_adapters_as_they_are_
         assert not far.loaded
         with pytest.raises(openai.BadRequestError, match="no weights"):
             here.completions.create(model="tiny", prompt="tea")
+
+
+def test_an_adapter_that_made_room_while_it_answers_answers_on(
+    far: Loading, place: tuple[State, Blobs], folders: list[Path], tmp_path: Path
+) -> None:
+    up = Upstream(far.url, tmp_path / "upstream")
+    one, two = (Adapters(*place, {"tiny": Served("tiny", up.base())}, up.load, up.unload, most=1) for _ in range(2))  # servers
+    first, second = (published(*place, folder) for folder in folders[:2])
+    tea = [Query(user(TEA), Sampling(12))]
+
+    def answers(served: Served | None) -> bool:
+        assert served
+        return served.target.generate(tea)[0].text == f"{served.name} says {TEA}"
+
+    under_way, there = one.served(first, "me"), two.served(first, "me")
+    assert answers(one.served(second, "me")) and first not in far.loaded
+    assert answers(under_way) and answers(one.served(first, "me")) and answers(under_way) and answers(there)
+    assert answers(two.served(second, "me")) and answers(one.served(first, "me"))
+    assert Path(far.loaded[first]).is_dir()
+    del under_way, there
+    assert len(list((tmp_path / "upstream").iterdir())) == 2  # one for each server
 
 
 def test_an_upstream_that_loads_nothing_says_what_it_needs(place: tuple[State, Blobs], folders: list[Path], tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 The route is vLLM's: POST /v1/load_lora_adapter {"lora_name", "lora_path"}, and unload_lora_adapter. The endpoint must be able to read the
 path, so `folder` lies on a disk that both see. vLLM itself warns to leave that route open to nobody else: serve the upstream on loopback.
+
+A name may be unloaded there at any time: because it made room here while it was still answering, by another server of the same
+upstream, or by a restart. So whoever has an adapter keeps a copy of its own as long as anybody answers with it, and loads it again.
 """
 
-import hashlib
+import fcntl
 import shutil
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
+from uuid import uuid4
 
 from saddlepoint.errors import ModelError, TargetError
 from saddlepoint.service.chat import Served
@@ -19,6 +24,8 @@ from saddlepoint.types import Chat, Completion, Query, Shaping
 if TYPE_CHECKING:
     from saddlepoint.targets.openai import OpenAI
 
+LOCK = "lock"  # a file beside an adapter's own, locked by the server that has it
+
 
 @dataclass(frozen=True)
 class Upstream:
@@ -26,7 +33,7 @@ class Upstream:
 
     Args:
         url: Up to the version, such as http://127.0.0.1:8001/v1.
-        folder: Where adapters lie for it.
+        folder: Where adapters lie for it; several servers may share one.
     """
 
     url: str
@@ -52,14 +59,14 @@ class Upstream:
 
         if not (folder / "adapter_config.json").is_file():
             raise ModelError(f"'{name}' is a whole model, and {self.url} loads adapters only; serve its files there under this name")
-        place = self._place(name)
-        if not place.is_dir():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            partial = place.with_name(f".{place.name}")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(folder, partial)
-            partial.rename(place)
+        _sweep(self.folder)
+        place = self.folder / uuid4().hex
+        place.mkdir(parents=True)
+        lock = (place / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
         remote = Remote(OpenAI(self.url, name), name, place)
+        weakref.finalize(remote, _remove, place, lock)
+        shutil.copytree(folder, place, dirs_exist_ok=True)
         remote.load()
         return remote
 
@@ -67,32 +74,50 @@ class Upstream:
         """Have an adapter forgotten there; one that it does not know is forgotten already."""
         from saddlepoint.targets.openai import OpenAI
 
-        with suppress(TargetError):
-            OpenAI(self.url, name).post("unload_lora_adapter", {"lora_name": name})
-        shutil.rmtree(self._place(name), ignore_errors=True)
+        _unload(OpenAI(self.url, name))
 
-    def _place(self, name: str) -> Path:
-        return self.folder / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+def _unload(endpoint: "OpenAI") -> None:
+    with suppress(TargetError):
+        endpoint.post("unload_lora_adapter", {"lora_name": endpoint.model})
+
+
+def _remove(place: Path, lock: IO[str]) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    lock.close()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the copies of servers that were killed: nobody holds their locks."""
+    for file in folder.glob(f"*/{LOCK}"):
+        with suppress(OSError), file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(file.parent, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Remote:
-    """An adapter at an upstream, which is loaded again where the upstream has forgotten it. Implements `Streaming` and `Shapes`."""
+    """An adapter at an upstream, which is loaded again where the upstream has forgotten it. Implements `Streaming` and `Shapes`.
+
+    Args:
+        folder: The copy that is loaded; it is removed with this.
+    """
 
     endpoint: "OpenAI"
     name: str
     folder: Path
 
     def load(self) -> None:
-        """Have it loaded.
+        """Have it loaded, from this copy even where the endpoint knows the name: the copy that it knows may soon be gone.
 
         Raises:
             ModelError: The endpoint says why it does not.
         """
+        _unload(self.endpoint)
         try:
             self.endpoint.post("load_lora_adapter", {"lora_name": self.name, "lora_path": str(self.folder)})
         except TargetError as wrong:
-            if "already been loaded" not in str(wrong):
+            if "already been loaded" not in str(wrong):  # by another request for it, a moment ago
                 said = "it must run with runtime LoRA loading (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora for vLLM)"
                 raise ModelError(f"'{self.name}' cannot be loaded: {wrong}; {said}") from wrong
 
