@@ -28,8 +28,9 @@ from saddlepoint.service.app import Service
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.chat import Served
 from saddlepoint.service.gate import Keys
-from saddlepoint.service.records import Job
+from saddlepoint.service.records import File, Job
 from saddlepoint.service.routing import Tuning
+from saddlepoint.service.rows import fresh
 from saddlepoint.service.state import State
 from saddlepoint.targets.scripted import Scripted
 
@@ -49,7 +50,7 @@ def serving(tuning: Tuning, keys: dict[str, str] | None = KEYS, **limits: Any) -
 
 def tuned(folder: Path, **more: Any) -> Tuning:
     blobs = Blobs(folder / "files")
-    return Tuning(State.open(str(folder), blobs.remove), blobs, {BASE: BASE}, **more)
+    return Tuning(State.open(str(folder), blobs.remove, blobs.size), blobs, {BASE: BASE}, **more)
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +326,9 @@ def test_a_key_stores_no_more_than_its_quota(tmp_path: Path) -> None:
         jobs = [begun(client) for _ in range(2)]
         assert refused(openai.BadRequestError, begun, client)["code"] == "exceeded_quota"
         client.fine_tuning.jobs.cancel(jobs[0].id)
-        assert begun(client)
+        done = succeeded(tuning, begun(client).id)
+        tuning.state.files.add(File(fresh("file-"), "me", 10_000, 1, "f", "batch", "e" * 64))
+        assert refused(openai.BadRequestError, begun, client, training_file=done.training_file)["code"] == "exceeded_quota"
 
 
 def test_without_keys_everything_is_everyones_and_nobody_releases(tmp_path: Path) -> None:

@@ -53,12 +53,14 @@ def file(state: State, sha: str = SHA, owner: str = "me", size: int = 10, **more
     return made
 
 
-def job(state: State, owner: str = "me", training: str = "", most: int = 0, **more: Any) -> Job:
+def job(state: State, owner: str = "me", training: str = "", most: int = 0, quota: int = 0, **more: Any) -> Job:
     training = training or file(state, owner=owner).id
     id = fresh("ftjob-")
     name = f"ft:tiny:local::{fresh('', 8)}"
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
-    return state.create(Job(id, owner, int(time.time()), "tiny", "tiny", name, training, method, {"n_epochs": "auto"}, 7, **more), most)
+    return state.create(
+        Job(id, owner, int(time.time()), "tiny", "tiny", name, training, method, {"n_epochs": "auto"}, 7, **more), most, quota
+    )
 
 
 def running(state: State, worker: str = "w", **more: Any) -> Job:
@@ -253,6 +255,25 @@ def test_quotas_hold_though_many_ask_at_once(place: str) -> None:
         state.close()
 
 
+def test_models_and_checkpoints_count_in_their_owners_quota(place: str) -> None:
+    state = State.open(place, size={"c" * 64: 7, "1" * 64: 100, "2" * 64: 100}.__getitem__)
+    made = running(state, training=file(state, size=10).id)
+    for step in (1, 2):
+        state.checkpoint(made.id, step, {}, {"config": "c" * 64, "weights": str(step) * 64}, worker="w")
+    state.finish(made.id, "succeeded", worker="w", manifest={"config": "c" * 64, "weights": "2" * 64}, result=("b" * 64, 5))
+    assert state.files.stored("me") == 10 + 7 + 100 + 100 + 5 and state.files.stored("other") == 0  # what they share is there once
+    more = File(fresh("file-"), "me", 50, 1, "f", "batch", "e" * 64)
+    with pytest.raises(
+        Refused, match="222 bytes are stored under this key and 50 more would exceed its quota of 250; delete files or models"
+    ):
+        state.files.add(more, quota=250)
+    with pytest.raises(Refused, match="exceed its quota"):
+        job(state, training=made.training_file, quota=222)
+    assert state.delete_model(f"{made.name}:ckpt-step-1") and state.delete_model(made.name) and state.files.stored("me") == 122
+    assert state.files.add(more, quota=250) and job(state, training=made.training_file, quota=222)
+    state.close()
+
+
 def test_blobs_are_dropped_with_the_last_that_needs_them(state: State, dropped: list[str]) -> None:
     shared, own = "c" * 64, "d" * 64
     first, second = file(state, shared), file(state, shared)
@@ -428,7 +449,9 @@ def test_what_nothing_refers_to_is_swept(blobs: Blobs, tmp_path: Path) -> None:
     blobs.sweep(state.files.forget)
     assert blobs.has(orphan)  # it may be about to be referred to
     blobs.sweep(state.files.forget, age=0)
-    assert blobs.has(kept) and not blobs.has(orphan)
+    assert blobs.has(kept) and not blobs.has(orphan) and blobs.size(kept) == 4
+    with pytest.raises(StoreError, match="put it back"):
+        blobs.size(orphan)
     state.close()
 
 

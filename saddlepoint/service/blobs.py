@@ -73,6 +73,17 @@ class Blobs:
         """Whether it is there."""
         return bool(self._fs.exists(self._place(sha)))
 
+    def size(self, sha: str) -> int:
+        """Its bytes.
+
+        Raises:
+            StoreError: It is not there.
+        """
+        try:
+            return int(self._fs.size(self._place(sha)))
+        except FileNotFoundError:
+            raise _gone(sha) from None
+
     def open(self, sha: str) -> IO[bytes]:
         """A blob for reading.
 
@@ -82,7 +93,7 @@ class Blobs:
         try:
             return cast("IO[bytes]", self._fs.open(self._place(sha), "rb"))
         except FileNotFoundError:
-            raise StoreError(f"the files of the service have no {sha}; was something deleted by hand? put it back") from None
+            raise _gone(sha) from None
 
     def chunks(self, sha: str) -> Iterator[bytes]:
         """A blob in pieces.
@@ -152,6 +163,10 @@ class Blobs:
         if not re.fullmatch(r"[0-9a-f]{64}", sha):
             raise StoreError(f"'{sha}' is no SHA-256 in hexadecimal digits")
         return f"{self._root}/{sha[:2]}/{sha}"
+
+
+def _gone(sha: str) -> StoreError:
+    return StoreError(f"the files of the service have no {sha}; was something deleted by hand? put it back")
 
 
 def _chunks(source: bytes | Path | Iterable[bytes]) -> Iterator[bytes]:

@@ -88,7 +88,7 @@ def routes(tuning: Tuning) -> APIRouter:
             suffix=body.suffix,
             metadata=body.metadata,
         )
-        return shown(state.create(job, tuning.most_jobs))
+        return shown(state.create(job, tuning.most_jobs, tuning.quota))
 
     @made.get("/fine_tuning/jobs")
     def list_jobs(

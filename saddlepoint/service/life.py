@@ -75,10 +75,14 @@ def tell(
     put(db, EVENT, [{"id": fresh("ftevent-"), **row, "key": key or None}])
 
 
-def publish(db: Connection, job: Job, manifest: Manifest) -> None:
-    """The job's model, for its owner to call."""
+def publish(db: Connection, job: Job, manifest: Manifest, blobs: Mapping[str, int]) -> None:
+    """The job's model, for its owner to call.
+
+    Args:
+        blobs: SHA-256 and bytes of its files.
+    """
     add(db, MODEL, Model(job.name, job.owner, int(time.time()), job.base, job.id, dict(manifest)))
-    use(db, job.name, manifest.values())
+    use(db, job.name, job.owner, blobs)
     tell(db, job.id, f"New fine-tuned model created: {job.name}")
 
 
@@ -89,7 +93,7 @@ def result(db: Connection, job: Job, csv: tuple[str, int] | None) -> list[str]:
     sha, size = csv
     file = File(fresh("file-"), job.owner, size, int(time.time()), "step_metrics.csv", "fine-tune-results", sha)
     add(db, FILE, file)
-    use(db, file.id, [sha])
+    use(db, file.id, job.owner, {sha: size})
     return [file.id]
 
 

@@ -58,7 +58,7 @@ class Tuning:
         place, files = state or str(folder), files or str(folder / "files")
         blobs = Blobs(files)
         worker = Setting(place, files, folder / "work", bases, gate).flags
-        return cls(State.open(place, blobs.remove), blobs, bases, worker=(*worker, "--attached") if bases else (), **limits)
+        return cls(State.open(place, blobs.remove, blobs.size), blobs, bases, worker=(*worker, "--attached") if bases else (), **limits)
 
 
 def home(state: str) -> Path:

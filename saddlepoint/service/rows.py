@@ -2,11 +2,11 @@
 
 import secrets
 import string
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Row, Select, Table, delete, insert, select
+from sqlalchemy import Connection, Row, Select, Table, delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from saddlepoint.errors import UsageError
@@ -82,9 +82,29 @@ def put(db: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
         db.execute(cast("Any", dialect).insert(table).on_conflict_do_nothing(), rows)
 
 
-def use(db: Connection, holder: str, shas: Collection[str]) -> None:
-    """Write down that a holder needs blobs."""
-    put(db, USE, [{"holder": holder, "sha": sha} for sha in set(shas)])
+def use(db: Connection, holder: str, owner: str, blobs: Mapping[str, int]) -> None:
+    """Write down that a holder needs blobs, whose SHA-256 and bytes are given, and on whose account."""
+    put(db, USE, [{"holder": holder, "sha": sha, "owner": owner, "bytes": size} for sha, size in blobs.items()])
+
+
+def stored(db: Connection, owner: str) -> int:
+    """Bytes of all that an owner keeps: files, parts of uploads, models and checkpoints; what several of them hold is there once."""
+    mine = select(USE.c.sha, USE.c.bytes).where(USE.c.owner == owner).distinct().subquery()
+    return int(db.execute(select(func.coalesce(func.sum(mine.c.bytes), 0))).scalar_one())
+
+
+def within(db: Connection, owner: str, more: int, quota: int) -> None:
+    """
+    Args:
+        more: Bytes that the owner wants to keep besides.
+        quota: Bytes that it may; 0 is no limit.
+
+    Raises:
+        Refused: That is less.
+    """
+    if quota and (kept := stored(db, owner)) + more > quota:
+        said = f"{kept} bytes are stored under this key and {more} more would exceed its quota of {quota}; delete files or models"
+        raise Refused(said, "exceeded_quota")
 
 
 def disuse(db: Connection, holder: str, drop: Callable[[str], None]) -> None:

@@ -40,7 +40,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from saddlepoint.errors import StoreError, UsageError
 
-VERSION = 1
+VERSION = 2
 LOCK = 0x5ADD1E  # of PostgreSQL's advisory lock
 
 _NUMBER = BigInteger().with_variant(Integer, "sqlite")
@@ -172,6 +172,8 @@ USE = Table(  # who still needs a blob; what nobody needs is removed
     SCHEMA,
     Column("holder", String, primary_key=True),
     Column("sha", String, primary_key=True, index=True),
+    Column("owner", String, nullable=False, index=True),
+    Column("bytes", BigInteger, nullable=False),
 )
 HOOK = Table("hook", SCHEMA, Column("url", String, primary_key=True), Column("secret", String, nullable=False))
 DELIVERY = Table(

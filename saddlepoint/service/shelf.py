@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Select, delete, exists, func, or_, select, update
 
 from saddlepoint.service.records import ACTIVE, File, Part, Upload
-from saddlepoint.service.rows import Refused, add, disuse, first, of, page, record, use
+from saddlepoint.service.rows import Refused, add, disuse, first, of, page, record, stored, use, within
 from saddlepoint.service.schema import FILE, JOB, PART, UPLOAD, USE, reading, writing
 
 DAY = 24 * 3600  # seconds
@@ -30,9 +30,9 @@ class Shelf:
             Refused: Over the quota.
         """
         with self._forgetting(file.sha), writing(self._engine, alone=True) as db:
-            _within(db, file.owner, file.bytes, quota)
+            within(db, file.owner, file.bytes, quota)
             add(db, FILE, file)
-            use(db, file.id, [file.sha])
+            use(db, file.id, file.owner, {file.sha: file.bytes})
         return file
 
     def ready(self, file: str) -> None:
@@ -68,9 +68,9 @@ class Shelf:
         return True
 
     def stored(self, owner: str) -> int:
-        """Bytes of an owner's files and of the parts of uploads under way."""
+        """Bytes of all that an owner keeps."""
         with reading(self._engine) as db:
-            return _stored(db, owner)
+            return stored(db, owner)
 
     def _remove(self, db: Connection, id: str) -> None:
         db.execute(delete(FILE).where(FILE.c.id == id))
@@ -101,9 +101,9 @@ class Shelf:
             if had + part.bytes > upload.bytes:
                 said = f"the upload was announced with {upload.bytes} bytes and would hold {had + part.bytes}"
                 raise Refused(said, "invalid_value", "data")
-            _within(db, upload.owner, part.bytes, quota)
+            within(db, upload.owner, part.bytes, quota)
             add(db, PART, part)
-            use(db, part.id, [part.sha])
+            use(db, part.id, upload.owner, {part.sha: part.bytes})
         return part
 
     def parts(self, upload: str) -> dict[str, Part]:
@@ -130,7 +130,7 @@ class Shelf:
         with self._forgetting(file.sha), writing(self._engine, alone=True) as db:
             _pending(db, upload)
             add(db, FILE, file)
-            use(db, file.id, [file.sha])
+            use(db, file.id, file.owner, {file.sha: file.bytes})
             db.execute(update(UPLOAD).where(UPLOAD.c.id == upload).values(status="completed", file=file.id))
         return file
 
@@ -194,19 +194,6 @@ def alive(owner: str | None) -> Select[Any]:
     return of(select(FILE), FILE, owner).where(
         or_(FILE.c.expires_at.is_(None), FILE.c.expires_at > now, exists().where(_needed(FILE.c.id)))
     )
-
-
-def _stored(db: Connection, owner: str) -> int:
-    parts = select(func.coalesce(func.sum(PART.c.bytes), 0)).join(UPLOAD, UPLOAD.c.id == PART.c.upload)
-    whole = select(func.coalesce(func.sum(FILE.c.bytes), 0)).where(FILE.c.owner == owner)
-    under_way = parts.where(UPLOAD.c.owner == owner, UPLOAD.c.status == "pending")
-    return int(db.execute(whole).scalar_one()) + int(db.execute(under_way).scalar_one())
-
-
-def _within(db: Connection, owner: str, more: int, quota: int) -> None:
-    if quota and (stored := _stored(db, owner)) + more > quota:
-        said = f"{stored} bytes are stored under this key and {more} more would exceed its quota of {quota}; delete files"
-        raise Refused(said, "exceeded_quota", "file")
 
 
 def _pending(db: Connection, id: str) -> Upload:

@@ -20,7 +20,7 @@ from saddlepoint.service import life
 from saddlepoint.service.life import Lost
 from saddlepoint.service.outbox import Outbox
 from saddlepoint.service.records import ACTIVE, Checkpoint, Job, JobEvent, Manifest, Model, Status
-from saddlepoint.service.rows import Refused, add, disuse, first, fresh, of, page, record, use
+from saddlepoint.service.rows import Refused, add, disuse, first, fresh, of, page, record, use, within
 from saddlepoint.service.schema import CHECKPOINT, EVENT, FILE, JOB, LABEL, MODEL, clock, connected, prepare, reading, writing
 from saddlepoint.service.shelf import DAY, Shelf, alive
 
@@ -35,14 +35,15 @@ class State:
 
     Args:
         drop: Told the SHA-256 of each blob that nothing refers to any more, before anybody can refer to it again.
+        size: Tells the bytes of a blob by its SHA-256; models then count in their owner's quota.
     """
 
-    def __init__(self, engine: Engine, drop: Callable[[str], None] = lambda sha: None):
-        self._engine, self._drop = engine, drop
+    def __init__(self, engine: Engine, drop: Callable[[str], None] = lambda sha: None, size: Callable[[str], int] = lambda sha: 0):
+        self._engine, self._drop, self._size = engine, drop, size
         self.files, self.outbox = Shelf(engine, drop), Outbox(engine)
 
     @classmethod
-    def open(cls, place: str, drop: Callable[[str], None] = lambda sha: None) -> "State":
+    def open(cls, place: str, drop: Callable[[str], None] = lambda sha: None, size: Callable[[str], int] = lambda sha: 0) -> "State":
         """The database of a folder or URL (see `connected`), made where it is not there yet.
 
         Raises:
@@ -55,7 +56,7 @@ class State:
         except BaseException:
             engine.dispose()
             raise
-        return cls(engine, drop)
+        return cls(engine, drop, size)
 
     def close(self) -> None:
         """Close its connections."""
@@ -63,16 +64,18 @@ class State:
 
     # ---- jobs, as their owners see them
 
-    def create(self, job: Job, most: int = 0) -> Job:
+    def create(self, job: Job, most: int = 0, quota: int = 0) -> Job:
         """Record a new job.
 
         Args:
             most: Jobs that its owner may have that have not ended; 0 is no limit.
+            quota: Bytes that its owner may keep; 0 is no limit. How large the model will be is not known yet.
 
         Raises:
             Refused: There are as many, or a file of it is gone.
         """
         with writing(self._engine, alone=True) as db:
+            within(db, job.owner, 1, quota)
             if most:
                 waiting = select(func.count()).select_from(JOB).where(JOB.c.owner == job.owner, JOB.c.status.in_(ACTIVE))
                 if (found := int(db.execute(waiting).scalar_one())) >= most:
@@ -270,6 +273,7 @@ class State:
         Raises:
             Lost: It is not this worker's to write.
         """
+        blobs = self._sizes(manifest)
         with writing(self._engine, alone=True) as db:
             record = life.mine(db, job, worker) if worker else life.locked(db, job)
             if found := first(Checkpoint, db, select(CHECKPOINT).where(CHECKPOINT.c.job == job, CHECKPOINT.c.step == step)):
@@ -277,7 +281,7 @@ class State:
             name = f"{record.name}:ckpt-step-{step}"
             made = Checkpoint(fresh("ftckpt_"), job, int(time.time()), step, name, metrics, manifest)
             add(db, CHECKPOINT, made)
-            use(db, made.id, manifest.values())
+            use(db, made.id, record.owner, blobs)
             life.tell(db, job, f"Checkpoint created at step {step}", key=f"checkpoint {step}")
             for old in db.execute(_CHECKPOINTS.where(CHECKPOINT.c.job == job).offset(KEPT)).all():
                 life.forget(db, self._drop, old.id)
@@ -314,6 +318,7 @@ class State:
         Raises:
             Lost: It is not this worker's to write.
         """
+        blobs = self._sizes(manifest or {})
         with writing(self._engine, alone=True) as db:
             job = life.mine(db, id, worker)
             values: dict[str, Any] = {"trained_tokens": trained_tokens, "result_files": life.result(db, job, result)}
@@ -321,7 +326,7 @@ class State:
                 said = str((error or {}).get("message") or "The job has failed")
                 return life.end(db, self._drop, job, "failed", said, level="error", error=dict(error or {}), **values)
             assert manifest, "a model has files"
-            life.publish(db, job, manifest)
+            life.publish(db, job, manifest, blobs)
             return life.end(db, self._drop, job, "succeeded", "The job has successfully completed", fine_tuned_model=job.name, **values)
 
     def held(
@@ -344,9 +349,10 @@ class State:
         Raises:
             Lost: It is not this worker's to write.
         """
+        blobs = self._sizes(manifest)
         with writing(self._engine, alone=True) as db:
             job = life.mine(db, id, worker)
-            use(db, id, manifest.values())
+            use(db, id, job.owner, blobs)
             life.tell(db, id, reason, "error", "moderation_checks", data)
             values: dict[str, Any] = {
                 "trained_tokens": trained_tokens,
@@ -373,7 +379,7 @@ class State:
                 raise Refused(f"the job {id} holds no model back; its status is {job.status}", "invalid_state")
             said = f"The model was released by {who}: {why}"
             life.tell(db, id, said, "warn", "moderation_checks", {"released_by": who, "reason": why, "error": job.error})
-            life.publish(db, job, job.held)
+            life.publish(db, job, job.held, self._sizes(job.held))
             disuse(db, id, self._drop)
             done = "The job has successfully completed"
             return life.end(db, self._drop, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
@@ -401,6 +407,9 @@ class State:
         for id in found:
             with suppress(Refused):  # another server was faster, or it was released
                 self.discard(id, f"nobody released it within {HELD // DAY} days")
+
+    def _sizes(self, manifest: Manifest) -> dict[str, int]:
+        return {sha: self._size(sha) for sha in manifest.values()}
 
     # ---- models
 

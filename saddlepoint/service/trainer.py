@@ -45,7 +45,7 @@ def main() -> None:
     setting = Setting.of(given)
     try:
         blobs = Blobs(setting.files)
-        state = State.open(setting.state, blobs.remove)
+        state = State.open(setting.state, blobs.remove, blobs.size)
         job = state.job(given.job)
         if job is None:
             sys.exit(f"error: there is no job {given.job}")
