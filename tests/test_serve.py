@@ -571,6 +571,7 @@ def test_the_command_serves_survives_a_kill_and_its_log_goes_back_into_the_loop(
     scores = PerplexityFilter(world.tiny, world.tiny, threshold=0.0).scores([world.fine, world.odd])
     defense = f"perplexity_filter(scorer={str(tiny_folder)!r}, threshold={sum(scores) / 2})"
     command = [sys.executable, "-m", "saddlepoint", "serve", "--target", str(tiny_folder), "--defense", defense, "--model", "tiny"]
+    command += ["--target", str(tiny_folder), "--defense", "", "--model", "open"]  # the same once more, under another name and no guard
     command += ["--port", "0", "--log", str(log), "--key-file", str(keys), "--state", str(tmp_path / "state")]
     done = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -583,9 +584,11 @@ def test_the_command_serves_survives_a_kill_and_its_log_goes_back_into_the_loop(
             assert said, done.wait(5)
         found = re.match(r"(http://127\.0\.0\.1:\d+/v1) serves 'tiny' behind: perplexity_filter", said)
         assert found, said
+        assert done.stdout.readline().endswith(" serves 'open' behind: no defense\n")
         with openai.OpenAI(base_url=found[1], api_key=KEY, max_retries=0) as client:
             assert ask(client, text=world.fine).choices[0].message.content
             assert ask(client, text=world.odd).choices[0].finish_reason == "content_filter"
+            assert ask(client, "open", world.odd).choices[0].finish_reason != "content_filter"
             stream = iter(ask(client, text=world.fine, max_tokens=300, stream=True, temperature=1.0, seed=1))
             next(stream)
             done.send_signal(signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Serving models behind their guards, fine-tuning them, and what the guards stopped."""
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,9 @@ def serve(
     target: Annotated[
         list[str], typer.Option(help="A model: organism, hf:ORG/NAME, a folder, http://HOST:PORT/v1#MODEL. Several times for several.")
     ] = ["organism"],  # noqa: B006
-    defense: Annotated[str, typer.Option(help="Defenses around each, the first innermost; '' for none.")] = STACK,
+    defense: Annotated[
+        list[str], typer.Option(help="Defenses, the first innermost; '' for none. Once for all targets, or once for each in their order.")
+    ] = [STACK],  # noqa: B006
     host: Annotated[str, typer.Option(help="Where to listen; this machine alone unless told otherwise.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     model: Annotated[
@@ -82,6 +85,9 @@ def serve(
     names = [*model, *target[len(model) :]]
     if len(model) > len(target) or len(set(names)) < len(names):
         raise UsageError(f"there are {len(target)} --target and {len(model)} --model; each target needs one name of its own")
+    stacks = defense * len(target) if len(defense) == 1 else defense
+    if len(stacks) != len(target):
+        raise UsageError(f"there are {len(target)} --target and {len(defense)} --defense; give one for all, or one for each")
     with listening(host, port) as sock:  # before the models are opened, so that a port that is taken is told at once
         keys, key = None, ""
         if key_file:
@@ -98,11 +104,11 @@ def serve(
             if tuning is None or len(target) > 1:
                 raise UsageError("--upstream stands in for one --target, which is what jobs train on; give one, without --no-tuning")
             other = Upstream(upstream.partition("#")[0], home(state) / "upstream")
-        served = []
-        for name, place in zip(names, target, strict=True):
+        served, opened = [], cache(open_target)  # a target under two names is in memory once
+        for name, place, stack in zip(names, target, stacks, strict=True):
             say(f"opening {upstream or place}")
-            bare: Target = other.base(upstream.partition("#")[2]) if other else open_target(place)
-            around = stacked(Config(target=place, defenses=defense, policy=policy), load_policy(policy), bare)
+            bare: Target = other.base(upstream.partition("#")[2]) if other else opened(place)
+            around = stacked(Config(target=place, defenses=stack, policy=policy), load_policy(policy), bare)
             served.append(Served(name, around, enforce, max_tokens, prefill))
         adapters = None
         if tuning:
