@@ -22,6 +22,7 @@ from saddlepoint.finetuning.data import Record, check
 from saddlepoint.finetuning.plan import Note, Saved, Spec, Step
 from saddlepoint.service.records import Job
 from saddlepoint.service.rows import fresh
+from saddlepoint.types import user
 
 if TYPE_CHECKING:
     from saddlepoint.finetuning.plan import Event
@@ -114,11 +115,13 @@ def test_the_base_grades_with_the_weights_that_it_had(tiny_folder: Path, tmp_pat
 def test_what_cannot_be_graded_is_said(tiny_folder: Path, tmp_path: Path) -> None:
     broken = {"type": "multi", "name": "m", "graders": {"a": LETTERS}, "calculate_output": "1 / (a - a)"}
     for grader, lines, said in [
-        (LETTERS, records(2) + check(b'{"messages": [{"role": "user", "content": "Hi"}], "more": 1}', "reinforcement", 1).records, "line 1 has no item.wanted"),
+        (LETTERS, records(2) + check(b'{"messages": [{"role": "user", "content": "Hi"}], "more": 1}', "reinforcement", 1).records, "line 1: there is no item.wanted"),
         (broken, records(2), "the grader could grade no answer of an update"),
     ]:  # fmt: skip
         with pytest.raises(TrainingError, match=said):
             reinforce.train(spec(tiny_folder, grader=grader), lines, (), tmp_path / "out")
+    with pytest.raises(TrainingError, match="line 2 of the validation examples: there is no item.wanted"):
+        reinforce.train(spec(tiny_folder), records(2), [Record(2, user("Hi"), (False,), item={"more": 1})], tmp_path / "out")
     with pytest.raises(UsageError, match="python graders"):
         reinforce.train(spec(tiny_folder, grader={"type": "python", "source": "1", "name": "p"}), records(2), (), tmp_path / "out")
     with pytest.raises(UsageError, match="no items were given"):

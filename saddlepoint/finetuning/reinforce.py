@@ -70,9 +70,10 @@ def train(
     grader = grader_types.read(spec.grader)
     if not training:
         raise UsageError("there is nothing to train on: no items were given; give at least one")
-    for record in (*training, *validation):
-        if field := grader_types.missing(grader, record.item):
-            raise TrainingError(f"line {record.line} has no {field}, which the grader names; add it to every line")
+    for part, where in ((training, ""), (validation, " of the validation examples")):
+        for record in part:
+            if field := grader_types.missing(grader, record.item):
+                raise TrainingError(f"line {record.line}{where}: there is no {field}, which the grader names; add it to every line")
     read = [[(r.chat, dict(r.item)) for r in part] for part in (training, validation)]
     run = hashlib.sha256(repr((spec, read)).encode()).hexdigest()
     checkpoints.sweep(folder)
