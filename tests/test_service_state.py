@@ -15,11 +15,15 @@ from postgres import fresh_database, postgres
 from sqlalchemy import update
 
 from saddlepoint.errors import StoreError, UsageError
+from saddlepoint.finetuning.plan import Step
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.records import File, Job
 from saddlepoint.service.rows import Refused, fresh
 from saddlepoint.service.schema import NOTE, writing
+from saddlepoint.service.setting import Setting
 from saddlepoint.service.state import Lost, State
+from saddlepoint.service.task import Task
+from saddlepoint.service.telling import Teller
 
 SHA = "a" * 64
 
@@ -253,6 +257,25 @@ def test_quotas_hold_though_many_ask_at_once(place: str) -> None:
     assert (kept.count("file"), kept.count("job")) == (10, 7) and states[0].files.stored("me") == 1000
     for state in states:
         state.close()
+
+
+def test_a_job_is_done_when_what_comes_after_its_training_is(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = running(state)
+    state.event(earlier.id, "Step 1/1", type="metrics", worker="w")
+    with monkeypatch.context() as patch:
+        patch.setattr("saddlepoint.service.life.time", type("late", (), {"time": staticmethod(lambda: time.time() + 90)}))
+        state.finish(earlier.id, "succeeded", worker="w", manifest={"a": SHA}, trained_tokens=3)
+    assert 89 <= state.afterwards("tiny") <= 91 and state.afterwards("other") == 0
+    made = running(state)
+    setting = Setting("", "", tmp_path)
+    teller = Teller(Task(made, "w", setting, state, Blobs(tmp_path), threading.Event(), threading.Event()))
+    began = time.time()
+    for step in range(1, 8):
+        teller(Step(step, 7, 1.0, 0.5))
+    assert 88 <= (state.job(made.id).estimated_finish or 0) - began < 100  # type: ignore[union-attr]
+    (speed,) = [e for e in state.events(made.id)[0] if e.data and "steps_left" in e.data]
+    assert speed.data and speed.data["steps_left"] == 1 and speed.message.startswith("A step takes ")
+    assert state.pause(made.id).estimated_finish is None
 
 
 def test_models_and_checkpoints_count_in_their_owners_quota(place: str) -> None:

@@ -82,10 +82,22 @@ def same(place: Place, job: Job, whole: tuple[Place, Job], folder: Path) -> None
     own = [m for m in place.messages(job) if "ended unexpectedly" not in m and "has been" not in m]
     rename = lambda text: text.replace(job.name, done.name).replace(job.id, done.id)
     assert len(own) == len(set(own))
-    assert [m for m in other.messages(done) if "alidating" not in m] == [rename(m) for m in own if "alidating" not in m]
+    same_words = lambda text: "alidating" not in text and "A step takes" not in text
+    assert list(filter(same_words, other.messages(done))) == [rename(m) for m in own if same_words(m)]
     assert [c.metrics for c in other.state.checkpoints(done.id)] == [c.metrics for c in place.state.checkpoints(job.id)]
     assert other.result(done) == place.result(job) and done.trained_tokens == place.now(job).trained_tokens
     assert weights(other, done.name, folder / "a") == weights(place, job.name, folder / "b")
+
+
+def claimed(place: Place, training: bytes, validation: bytes | None = None, **how: Any) -> Task:
+    """A job whose files are good, with this process as its trainer."""
+    job = place.job(training, validation, **how)
+    assert place.state.claim("w", 600, ("validating_files",))
+    place.state.validated(job.id, "w")
+    now = place.state.claim("w", 600, ("queued",))
+    assert now
+    setting = Setting(str(place.folder / "state"), str(place.folder / "files"), place.folder / "work", {"tiny": str(place.base)}, "off")
+    return Task(now, "w", setting, place.state, place.blobs, threading.Event(), threading.Event())
 
 
 # ---- a job from its row to its end
@@ -96,6 +108,9 @@ def test_a_job_tells_what_the_contract_says_in_its_order(whole: tuple[Place, Job
     events = place.events(job)
     plain = [e.message for e in events if e.level == "info" and e.type == "message"]
     (counts,) = [e.data for e in events if e.data and "tokens" in e.data]
+    (speed,) = [e for e in events if e.data and "seconds_per_step" in e.data]
+    assert speed.data and 0 < speed.data["seconds_per_step"] < 60 and speed.data["steps_left"] == 54
+    assert "A step takes" in speed.message and "so the 54 steps that are left take about" in speed.message
     tokens, trained = counts["tokens"], counts["trained_tokens"]
     assert tokens["min"] <= tokens["p5"] <= tokens["median"] <= tokens["p95"] <= tokens["max"] and 0 < trained["total"] < tokens["total"]
     assert 10 * tokens["total"] == place.now(job).trained_tokens
@@ -107,6 +122,7 @@ def test_a_job_tells_what_the_contract_says_in_its_order(whole: tuple[Place, Job
         "Fine-tuning job started",
         f"12 examples of {tokens['min']} to {tokens['max']} tokens, {tokens['total']} in all, of which {trained['total']} are trained on; "
         f"10 epoch(s) of them are {counts['cost']['training']:.2f} by the prices of OpenAI, gpt-3.5-turbo, 2023, in US dollars",
+        speed.message,
         *(f"Checkpoint created at step {6 * epoch}" for epoch in range(1, 11)),
         f"New fine-tuned model created: {job.name}",
         "The job has successfully completed",
@@ -129,6 +145,7 @@ def test_a_job_tells_what_the_contract_says_in_its_order(whole: tuple[Place, Job
 def test_a_job_leaves_a_model_checkpoints_and_a_result_file(whole: tuple[Place, Job], tmp_path: Path) -> None:
     place, job = whole
     assert (job.status, job.fine_tuned_model, job.error, job.worker, job.claims) == ("succeeded", job.name, None, "", 1)
+    assert (place.folder / "work").stat().st_mode & 0o77 == 0
     assert job.hyperparameters == {"n_epochs": 10, "batch_size": 2, "learning_rate_multiplier": 1.0}
     assert job.trained_tokens and job.trained_tokens % 10 == 0 and job.finished_at and job.estimated_finish is None
     steps = [48, 54, 60]
@@ -162,6 +179,19 @@ def test_a_bad_file_ends_its_job_with_the_documented_error(make: Make) -> None:
     assert "invalid_file_format" == errors["format"]["code"] and "dpo takes: preference" in errors["format"]["message"]
     assert ("model_not_found", "model") == (errors["model"]["code"], errors["model"]["param"])
     assert all(place.now(job).status == "failed" and place.now(job).finished_at and not place.steps(job) for job in jobs.values())
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_an_example_that_cannot_be_trained_on_fails_its_job_with_its_line_and_its_file(make: Make, param: str) -> None:
+    far = {"messages": [{"role": "user", "content": "tea " * 600}, {"role": "assistant", "content": "Yes."}]}  # beyond the context
+    whole, broken = [lesson(i) for i in range(10)], [*(lesson(i) for i in range(10, 20)), far]
+    files = (broken, whole) if param == "training_file" else (whole, broken)
+    place = make()
+    task = claimed(place, *map(jsonl, files))
+    task.run(tune)
+    error = place.now(task.job).error
+    assert error and (error["code"], error["param"]) == ("invalid_file_format", param) and error["message"].startswith("line 11")
+    assert not place.steps(task.job)
 
 
 def test_a_job_whose_file_is_deleted_meanwhile_says_so(make: Make) -> None:
@@ -245,10 +275,11 @@ def test_a_job_that_is_paused_and_resumed_learns_exactly_the_same(make: Make, wh
     place.worker(lease=30.0)
     job = place.job(LESSONS, CHECKS, **LONG)
     place.until(lambda: place.step(job) > 10)
+    assert abs((place.now(job).estimated_finish or 0) - time.time()) < 600
     assert "paused" == place.state.pause(job.id).status
     place.until(lambda: gone(place, job), 20.0)
     steps = len(place.steps(job))
-    assert steps < 60 and abs((place.now(job).estimated_finish or 0) - time.time()) < 600
+    assert steps < 60 and place.now(job).estimated_finish is None
     time.sleep(1.0)
     assert ("paused", steps) == (place.now(job).status, len(place.steps(job)))  # nobody takes it up again by himself
     place.state.resume(job.id)
@@ -410,17 +441,6 @@ def test_a_model_that_the_gate_holds_is_not_published_until_it_is_released(make:
     assert place.result(held) and "model.safetensors" in place.state.models()[0].manifest
     place.ended(place.job(jsonl([lesson(0)])))  # a worker sweeps at the end of a job
     place.until(lambda: not folder.exists())
-
-
-def claimed(place: Place, training: bytes, **how: Any) -> Task:
-    """A job whose files are good, with this process as its trainer."""
-    job = place.job(training, **how)
-    assert place.state.claim("w", 600, ("validating_files",))
-    place.state.validated(job.id, "w")
-    now = place.state.claim("w", 600, ("queued",))
-    assert now
-    setting = Setting(str(place.folder / "state"), str(place.folder / "files"), place.folder / "work", {"tiny": str(place.base)}, "off")
-    return Task(now, "w", setting, place.state, place.blobs, threading.Event(), threading.Event())
 
 
 def test_a_job_is_protected_as_it_asks_or_as_the_gate_wants_and_goes_on_so_under_another_gate(make: Make, tmp_path: Path) -> None:

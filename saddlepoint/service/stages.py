@@ -115,7 +115,8 @@ def _trained(task: Task, spec: Spec, training: tuple[Record, ...], validation: t
         return train(spec, training, validation, task.folder / "training", teller, task.stop.is_set)
     except TrainingError as wrong:
         if str(wrong).startswith("line "):  # an example that this model cannot be trained on
-            raise Failed("invalid_file_format", str(wrong), None if validation else "training_file") from wrong
+            of = "validation" if " of the validation examples:" in str(wrong) else "training"
+            raise Failed("invalid_file_format", str(wrong), f"{of}_file") from wrong
         raise
     finally:
         task.patient.clear()

@@ -151,7 +151,7 @@ class State:
             if job.status not in ACTIVE or job.status == "paused":
                 raise Refused(f"the job {id} has {_ended(job.status)} and cannot be paused", "invalid_state")
             life.tell(db, id, "The job has been paused")
-            return life.changed(db, id, status="paused")
+            return life.changed(db, id, status="paused", estimated_finish=None)
 
     def resume(self, id: str) -> Job:
         """Let a paused job go on.
@@ -239,6 +239,15 @@ class State:
                     kind: {**asked, "hyperparameters": {**asked.get("hyperparameters", {}), **hyperparameters}},
                 }
             life.changed(db, id, **known)
+
+    def afterwards(self, base: str) -> int:
+        """Seconds from the last step to the end of the last job on a base that was trained to its end; 0 where there is none."""
+        trained = select(JOB.c.id, JOB.c.finished_at).where(JOB.c.base == base, JOB.c.trained_tokens.is_not(None))
+        with reading(self._engine) as db:
+            last = db.execute(trained.order_by(JOB.c.finished_at.desc()).limit(1)).first()
+            steps = select(func.max(EVENT.c.created_at)).where(EVENT.c.job == last.id, EVENT.c.type == "metrics") if last else None
+            stepped = db.execute(steps).scalar() if steps is not None else None
+        return max(0, last.finished_at - stepped) if last and stepped else 0
 
     def event(
         self,

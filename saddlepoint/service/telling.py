@@ -9,14 +9,19 @@ from saddlepoint.finetuning.plan import Event, Note, Saved, Step
 from saddlepoint.service.state import Lost
 from saddlepoint.service.task import Task
 
+MEASURED = 5  # steps by whose time a training's speed is told
 _PARTS = {"train": "training", "valid": "validation", "full_valid": "full validation"}
 
 
 class Teller:
-    """Tells a job's events as the training makes them, and when it will be done."""
+    """Tells a job's events as the training makes them, how fast it goes on this machine, and when the job will be done.
+
+    What comes after the training, such as the gate's comparison, is taken to last as long as it did for the last job on this base.
+    """
 
     def __init__(self, task: Task):
         self.task = task
+        self.after = task.state.afterwards(task.job.base)
         self.first: tuple[int, float] | None = None  # the first step that this process told, and when
         self.estimated = 0.0  # when that was last told
         self.rewards = task.job.method["type"] == "reinforcement"
@@ -38,11 +43,16 @@ class Teller:
     def _estimate(self, step: Step) -> None:
         now = time.time()
         self.first = self.first or (step.step, now)
-        if step.step > self.first[0] and now - self.estimated > 5:
-            each = (now - self.first[1]) / (step.step - self.first[0])
+        done, left = step.step - self.first[0], step.steps - step.step
+        if done and now - self.estimated > 5:
+            each = (now - self.first[1]) / done
             self.estimated = now
             with suppress(Lost):  # the job was paused a moment ago; the training will be told to stop
-                self.task.state.learned(self.task.job.id, self.task.worker, estimated_finish=round(now + each * (step.steps - step.step)))
+                self.task.state.learned(self.task.job.id, self.task.worker, estimated_finish=round(now + each * left + self.after))
+        if done == MEASURED:
+            each = (now - self.first[1]) / done
+            told = f"A step takes {each:.2g} s on this machine, so the {left} steps that are left take about {each * left:,.0f} s"
+            self.task.tell(told, data={"seconds_per_step": each, "steps_left": left}, key="speed")
 
 
 def said(step: Step, rewards: bool = False) -> str:

@@ -44,6 +44,7 @@ log = logging.getLogger("saddlepoint")
 
 def work(setting: Setting, state: State, lease: float, stopping: threading.Event) -> None:
     """Work in all lanes until `stopping` is set; jobs that are under way are then saved and given back."""
+    setting.work.mkdir(mode=0o700, parents=True, exist_ok=True)  # what users sent is for the operator's eyes only
     with ThreadPoolExecutor(len(LANES)) as pool:
         lanes = [pool.submit(Lane(setting, state, statuses, lease, stopping).run) for statuses in LANES]
         wait(lanes, return_when=FIRST_EXCEPTION)
