@@ -158,13 +158,17 @@ def test_a_base_brings_its_guards_to_its_models(place: tuple[State, Blobs], fold
             stranger.moderations.create(input=odd, model=name)
 
 
-def test_a_whole_model_is_served_by_itself(place: tuple[State, Blobs], merged: list[HF], tiny: HF, tmp_path: Path) -> None:
+def test_a_whole_model_is_served_by_itself(
+    place: tuple[State, Blobs], folders: list[Path], merged: list[HF], tiny: HF, tmp_path: Path
+) -> None:
     merged[1].model.save_pretrained(tmp_path / "whole")
     merged[1].tokenizer.save_pretrained(tmp_path / "whole")
-    name = published(*place, tmp_path / "whole")
+    name, *others = (published(*place, folder) for folder in (tmp_path / "whole", folders[0], *[tmp_path / "whole"] * 2))
     adapters = Adapters(*place, {"tiny": Served("tiny", tiny)})
     found = adapters.served(name, "me")
     assert found and said(TEA, found.target) == said(TEA, merged[1])  # type: ignore[arg-type]
+    assert all(adapters.served(other, "me") for other in others)
+    assert adapters.loaded == others, "two whole models are in memory, and any number of adapters up to the most"
 
 
 def test_what_cannot_be_served_says_why(place: tuple[State, Blobs], folders: list[Path], tiny: HF, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from saddlepoint.targets.hf import HF
 
 MOST = 16  # fine-tuned models in memory
+WHOLE = 2  # of them with every weight of their own, each as large as its base
+ADAPTER = "adapter_config.json"  # a file of every adapter, and of no whole model
 Load = Callable[[str, Path, Served], Target]
 """(name, folder, its base) -> the fine-tuned model without defenses. The folder is removed afterwards."""
 
@@ -45,7 +47,7 @@ def beside(name: str, folder: Path, base: Served) -> "HF":
         raise ApiError(
             400, f"'{base.name}' has no weights on this server, so nothing can be served beside it", "model_not_servable", "model"
         )
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         return bare.adapted(name, folder)
     whole = HF.load(str(folder), str(bare.model.dtype).removeprefix("torch."), bare.device.type)
     whole.name = name
@@ -98,7 +100,10 @@ class Adapters:
             if mine:
                 known = self._known[name] = (found, Future())
             self._known.move_to_end(name)
-            gone = [self._known.popitem(last=False)[0] for _ in range(len(self._known) - self._most)]
+            whole = [name for name, (model, _) in self._known.items() if ADAPTER not in model.manifest]
+            gone = {*whole[:-WHOLE], *list(self._known)[: -self._most]}
+            for other in gone:
+                del self._known[other]
         assert known
         for other in gone:
             self._unload(other)
