@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from saddlepoint.cli import main
 
@@ -198,7 +199,7 @@ def remote(finetune: Call, url: str, monkeypatch: pytest.MonkeyPatch) -> Call:
     return finetune
 
 
-def test_a_job_from_its_files_to_its_model(remote: Call) -> None:
+def test_a_job_from_its_files_to_its_model(remote: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     training, validation = write("train.jsonl", *map(row, range(12))), write("val.jsonl", row(50), row(51))
     how = (
         "--suffix",
@@ -245,6 +246,8 @@ def test_a_job_from_its_files_to_its_model(remote: Call) -> None:
         and model in remote("list").out
         and [j["id"] for j in json.loads(remote("list", "--limit", 1, "--json").out)] == [id]
     )
+    monkeypatch.setattr("saddlepoint.cli._finetune_client.out", Console(width=60, emoji=False))  # a narrow terminal
+    assert id in remote("list").out.splitlines()[1].split() and model in remote("list").out.splitlines()[1].split()
     events = [json.loads(line) for line in remote("events", id, "--json").out.splitlines()]
     assert events[0]["message"] == f"Created fine-tuning job: {id}" and len([e for e in events if e["type"] == "metrics"]) == 6
     assert [e["message"] for e in events] == [line.partition("  ")[2] for line in remote("events", id).out.splitlines()]
@@ -294,6 +297,7 @@ def test_a_bad_file_is_not_uploaded_unless_told_to(remote: Call) -> None:
         (("list", "--url", "http://127.0.0.1:9/v1"), 1, "does not answer"),
         (("list", "--url", "nonsense"), 1, "does not answer"),
         (("retrieve", "ftjob-none"), 2, "says 404"),
+        (("retrieve", ""), 2, "non-empty value"),
         (("cancel", "ftjob-none"), 2, "says 404"),
         (("checkpoints", "ftjob-none"), 2, "says 404"),
         (("release", "ftjob-none", "--reason", "why"), 2, "only an administrator"),

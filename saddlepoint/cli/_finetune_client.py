@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saddlepoint.cli._common import err, out, say
-from saddlepoint.errors import MissingExtraError, TargetError, UsageError
+from saddlepoint.errors import MissingExtraError, SaddlepointError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -28,7 +28,7 @@ def asking(url: str, key: str) -> Iterator["OpenAI"]:
     """The client of a server; what it refuses becomes one line.
 
     Raises:
-        UsageError: The server says that the request is wrong.
+        UsageError: The server, or its client, says that the request is wrong.
         TargetError: It does not answer, or fails.
         MissingExtraError: The client is not installed.
     """
@@ -51,6 +51,10 @@ def asking(url: str, key: str) -> Iterator["OpenAI"]:
         raise (UsageError if wrong.status_code < 500 else TargetError)(said) from wrong
     except openai.OpenAIError as wrong:
         raise TargetError(f"{url}: {wrong}") from wrong
+    except SaddlepointError:
+        raise
+    except ValueError as wrong:  # what the client finds wrong before it asks, such as an empty id
+        raise UsageError(f"{url} was not asked: {wrong}") from wrong
 
 
 def uploaded(client: "OpenAI", file: str) -> str:
@@ -125,6 +129,14 @@ def show(job: "FineTuningJob", as_json: bool) -> None:
             out.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", markup=False, highlight=False, soft_wrap=True)
     if said := (fields.get("error") or {}).get("message"):
         err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under the names of their columns, each cell whole however narrow the terminal is: ids are there to be copied."""
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        out.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def clock(seconds: Any) -> str:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
 from saddlepoint.cli import _finetune_client as remote
-from saddlepoint.cli._common import Json, err, group, out, say
+from saddlepoint.cli._common import Json, err, group, say
 from saddlepoint.errors import MissingExtraError, ModelError, UsageError
 from saddlepoint.finetuning.data import LEAST, Format, check
 from saddlepoint.finetuning.summary import readable
@@ -145,10 +144,8 @@ def finetune_list(
     if as_json:
         print(json.dumps([job.model_dump(mode="json") for job in some], indent=1))
         return
-    table = Table("id", "status", "model", "tuned model", "created")
-    for job in some:
-        table.add_row(job.id, job.status, job.model, job.fine_tuned_model or "", remote.clock(job.created_at))
-    out.print(table)
+    rows = [(job.id, job.status, remote.clock(job.created_at), job.model, job.fine_tuned_model or "") for job in some]
+    remote.table(("id", "status", "created", "model", "tuned model"), rows)
 
 
 @app.command("retrieve")
@@ -183,14 +180,12 @@ def finetune_checkpoints(id: Job, url: Url = LOCAL, key: Key = "", as_json: Json
     if as_json:
         print(json.dumps([checkpoint.model_dump(mode="json") for checkpoint in found], indent=1))
         return
-    table = Table("step", "model", "training loss", "validation loss")
+    rows = []
     for checkpoint in found:
-        metrics = checkpoint.metrics
-        losses = (metrics.train_loss, metrics.full_valid_loss)
-        table.add_row(
-            str(checkpoint.step_number), checkpoint.fine_tuned_model_checkpoint, *("" if x is None else f"{x:.4f}" for x in losses)
-        )
-    out.print(table)
+        losses = (checkpoint.metrics.train_loss, checkpoint.metrics.full_valid_loss)
+        shown = ("" if loss is None else f"{loss:.4f}" for loss in losses)
+        rows.append((str(checkpoint.step_number), *shown, checkpoint.fine_tuned_model_checkpoint))
+    remote.table(("step", "training loss", "validation loss", "model"), rows)
 
 
 @app.command("cancel")
