@@ -795,6 +795,7 @@ def test_the_document_is_whole(url: str) -> None:
     [
         (["--target", "a", "--model", "x", "--model", "y"], "1 --target and 2 --model"),
         (["--target", "a", "--target", "a"], "each target needs one name"),
+        (["--target", "a", "--target", "b", "--target", "c", "--defense", "", "--defense", ""], "3 --target and 2 --defense"),
         (["--state", "postgresql+pg8000://u@127.0.0.1:1/x"], "--files FOLDER"),
         (["--state", "{}/file"], "Not a directory"),
         (["--state", "{}/state", "--files", "nosuchprotocol://x"], "--files nosuchprotocol://x"),
