@@ -324,13 +324,21 @@ def test_blobs_are_dropped_with_the_last_that_needs_them(state: State, dropped: 
     assert dropped[-1] == "8" * 64 and state.checkpoints(given_up.id) == []
 
 
-def test_what_is_held_is_kept_until_it_is_released(state: State, dropped: list[str]) -> None:
+def test_what_is_held_is_kept_until_it_is_released(state: State, dropped: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = running(state)
     held = state.held(made.id, "ASR rose", {"asr": 0.4}, worker="w", manifest={"a": "f" * 64}, trained_tokens=3)
     assert held.status == "failed" and held.error == {"code": "held", "message": "ASR rose", "param": None} and held.trained_tokens == 3
     assert state.model(made.name) is None and dropped == []
-    released = state.release(made.id, "admin", "looked at")
-    assert released.status == "succeeded" and released.error is None and released.held is None and dropped == []
+    with monkeypatch.context() as patch:
+        patch.setattr("saddlepoint.service.life.time", type("late", (), {"time": staticmethod(lambda: time.time() + 900)}))
+        released = state.release(made.id, "admin", "looked at")
+    assert (
+        released.finished_at == held.finished_at
+        and released.status == "succeeded"
+        and released.error is None
+        and released.held is None
+        and dropped == []
+    )
     assert state.model(made.name).manifest == {"a": "f" * 64}  # type: ignore[union-attr]
     with pytest.raises(Refused, match="holds no model back"):
         state.release(made.id, "admin", "again")

@@ -391,7 +391,8 @@ class State:
             life.publish(db, job, job.held, self._sizes(job.held))
             disuse(db, id, self._drop)
             done = "The job has successfully completed"
-            return life.end(db, self._drop, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
+            life.end(db, self._drop, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
+            return life.changed(db, id, finished_at=job.finished_at)  # it was done when it was held
 
     def discard(self, id: str, why: str) -> Job:
         """Delete a held model for good; the job and all that was said of it stay.
