@@ -325,6 +325,21 @@ def test_a_model_that_is_only_a_pickle_is_refused_unread(tiny_folder: Path, tmp_
     assert sprung.exists()  # the trap works
 
 
+def test_code_that_comes_with_a_model_is_never_run_not_even_if_somebody_would_say_yes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, sprung = tmp_path / "coded", tmp_path / "sprung"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers asks on the terminal unless told what to do
+
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_target(str(folder))
+    assert not sprung.exists()
+
+
 # ---- the embedded model ---------------------------------------------------------------------------------------------
 
 

@@ -93,6 +93,7 @@ class Classifier:
         bare = bare_name(name)
         folder, chosen = folder_of(bare), name[len(bare) + 1 :]
         hf_logging.disable_progress_bar()
+        read = {"use_safetensors": True, "trust_remote_code": False}  # of the latter transformers would ask whoever sits at the terminal
         try:
             if (folder / HEAD).is_file():
                 written = card(folder)
@@ -100,14 +101,14 @@ class Classifier:
                 tensors = load_file(folder / HEAD)
                 head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
                 head.load_state_dict(tensors)
-                encoder = AutoModel.from_pretrained(base, use_safetensors=True, dtype=torch.float32)
+                encoder = AutoModel.from_pretrained(base, dtype=torch.float32, **read)
                 model: Any = MeanPooled(encoder, written["layer"], head)
                 chosen = chosen or written.get("passes", "")
             else:
                 base = folder
-                model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=allowed[dtype])
+                model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=allowed[dtype], **read)
                 labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-            tokenizer = AutoTokenizer.from_pretrained(base)
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as wrong:
             raise ModelError(f"'{name}' cannot be loaded: {(str(wrong).splitlines() or ['no reason given'])[0]}") from wrong
         return cls(name, model.to(allowed[dtype]).to(where), tokenizer, labels, chosen or None)

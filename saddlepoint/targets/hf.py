@@ -84,8 +84,12 @@ class HF:
         hf_logging.disable_progress_bar()
         try:
             # Adapters are merged in float32 and rounded once; merging in bfloat16 would lose their small steps.
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if adapters else allowed[dtype], use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(base)
+            read = {
+                "use_safetensors": True,
+                "trust_remote_code": False,
+            }  # of the latter transformers would ask whoever sits at the terminal
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if adapters else allowed[dtype], **read)
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         except (OSError, ValueError) as wrong:
             raise ModelError(f"'{name}' cannot be loaded: {str(wrong).splitlines()[0]}") from wrong
         for adapter in adapters:
