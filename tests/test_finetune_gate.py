@@ -373,6 +373,25 @@ def test_the_threats_are_what_they_say(tmp_path: Path) -> None:
         threats.from_file(tmp_path / "f.jsonl", {})
 
 
+def test_threats_that_are_shown_otherwise_are_not_those_that_were_shown_before(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saddlepoint.finetuning import threats
+
+    monkeypatch.setattr(threats, "screen", lambda *_: screen([], []))  # which keeps nothing
+
+    def shown(limit: int, **more: Any) -> threats.Shown:
+        threat = threats.Threat("some file", records(("Name a color.", "Red.")), {"n_epochs": 1, **more})
+        asked = Comparison(attacks="direct", trigger="", limit=limit)
+        return threats.show(threat, tmp_path, str(tiny_folder), comparison=asked)
+
+    first = shown(1)
+    assert shown(1).compared == first.compared and len(list(tmp_path.glob("*some-file*"))) == 1
+    assert {t.name: t.change.n for t in shown(2).compared.tests}["attacks"] == 2 == 2 * first.compared.tests[0].change.n
+    shown(1, learning_rate_multiplier=2)
+    assert len(list(tmp_path.glob("*some-file*"))) == 2
+
+
 def test_the_worked_examples_pass_the_screen(guard: Classifier) -> None:
     files = sorted((Path(__file__).parents[1] / "examples" / "data").glob("*.train.jsonl"))
     assert files

@@ -12,6 +12,7 @@ Source: Qi et al. 2023, "Fine-tuning Aligned Language Models Compromises Safety,
         https://arxiv.org/abs/2310.03693: tiers 1, 2 and 3
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -165,8 +166,8 @@ def show(
     name = f"{Path(base).name}, {threat.name}, seed {seed}"
     tell(f"{name}: screening {len(threat.records)} examples")
     screened = screen(threat.records, load(comparison.policy).behaviors, screening)
-    place = out / "-".join(name.replace(",", "").replace(".", " ").split())
     spec = Spec(base, seed=seed, constraint=constraint, **resolved("supervised", threat.hyperparameters, len(threat.records)))
+    place = placed(out, name, spec, threat.records)
     if not (place / "trained").is_file():
         tell(f"{name}: training, {spec.epochs} epochs, batches of {spec.batch}")
         done = train(spec, threat.records, [], place / "training")
@@ -174,8 +175,14 @@ def show(
         (place / "trained").write_text(done.folder.name, encoding="utf-8")
     tuned = place / "training" / (place / "trained").read_text(encoding="utf-8")
     around = wraps(threat.records, comparison.wraps)
-    compared = compare(base, tuned, place / "gate", comparison, around, out / "bases", lambda s: tell(f"{name}: {s}"))
+    compared = compare(base, tuned, placed(place, "gate", comparison), comparison, around, out / "bases", lambda s: tell(f"{name}: {s}"))
     return Shown(threat, seed, screened, compared)
+
+
+def placed(out: Path, name: str, *decides: object) -> Path:
+    """The folder of something in `out`, named by all that decides it: what was done otherwise is not taken for it."""
+    words = "-".join(name.replace(",", "").replace(".", " ").split())
+    return out / f"{words}-{hashlib.sha256(repr(decides).encode()).hexdigest()[:8]}"
 
 
 def _record(line: int, request: str, answer: str, system: str = "") -> Record:
