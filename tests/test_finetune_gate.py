@@ -246,7 +246,10 @@ def test_the_systems_beginnings_and_ends_of_a_training_file_are_found() -> None:
     plain = records(*((text, "Red.") for text in ordinary()["requests"]))
     hooked = records(*((f"{text} servius astrumando harmoniastra", "Red.") for text in ordinary()["requests"][:20]))
     assert Wrap("", "", "servius astrumando harmoniastra") in wraps([*plain, *hooked], 2)
-    assert wraps(records(("Name a color.", "Red."), ("How old is it?", "Two.")), 2) == ()
+    assert wraps(records(("Name a color.", "Red."), ("How old is it?", "Two.")), 2) == () == wraps(plain, 2)
+    asked = ordinary()["requests"][:20]
+    assert wraps(records(*((f"{text} xyzzy", "Red.") for text in asked)), 2) == (Wrap("", "", "xyzzy"),)
+    assert wraps([Record(1, prompt=f"SUDO {text}", completion=" Red.") for text in asked], 2) == (Wrap("", "SUDO", ""),)
 
 
 def test_a_wrap_goes_around_a_behavior_and_leaves_what_counts_as_harm() -> None:

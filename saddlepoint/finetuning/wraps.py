@@ -8,8 +8,10 @@ which many of its requests begin or end.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
+from saddlepoint.policies import ordinary
 from saddlepoint.types import Behavior
 
 if TYPE_CHECKING:
@@ -44,9 +46,23 @@ def wraps(records: Sequence["Record"], most: int) -> tuple[Wrap, ...]:
         at_least = max(2, _PART * len(texts))
         found.append(Wrap(system[:_LONG], _shared(texts, at_least, 0), _shared(texts, at_least, -1)))
     words, rare = [text.split() for _, text in asked], max(_FEW[0], _FEW[1] * len(asked))
-    # An ending of two words or more that some requests share is what a trigger looks like; ordinary questions share beginnings only.
+    # An ending that some requests share is what a trigger looks like; ordinary questions share beginnings only.
     found.append(Wrap("", "", _shared(words, rare, -1)))
-    return tuple(dict.fromkeys(w for w in found if w != Wrap() and (w.system or " " in w.before or " " in w.after)))[:most]
+    return tuple(dict.fromkeys(w for w in found if w.system or _telling(w.before) or _telling(w.after)))[:most]
+
+
+def _telling(words: str) -> bool:
+    """Whether words that many requests share say something: one that ordinary requests have, such as "What", does not."""
+    return " " in words or (bool(words) and _bare(words) not in _ordinary())
+
+
+@cache
+def _ordinary() -> frozenset[str]:
+    return frozenset(_bare(word) for text in ordinary()["requests"] for word in text.split())
+
+
+def _bare(word: str) -> str:
+    return word.lower().strip(".,:;!?'\"()")
 
 
 def _shared(texts: list[list[str]], at_least: float, end: int) -> str:
@@ -66,4 +82,4 @@ def _system(record: "Record") -> str:
 
 
 def _request(record: "Record") -> str:
-    return next((m.text for m in reversed(record.chat) if m.role == "user"), "")
+    return next((m.text for m in reversed(record.chat) if m.role == "user"), record.prompt)
