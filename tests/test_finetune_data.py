@@ -523,6 +523,9 @@ def test_what_is_too_long_is_named(tiny: "HF") -> None:
     counts = measured(found(lines(fits, cut, lost)).records, tiny)
     whole = len(tiny.ids(tiny.tokenizer.apply_chat_template(cut["messages"], tokenize=False)))
     assert [(c.line, c.tokens) for c in counts.cut] == [(2, whole)] and whole > 512 and counts.lengths[1] == whole
+    shown = Looked("f", 1, found(lines(fits, cut, lost)), counts, ())
+    assert [(w.line, w.code) for w in shown.warnings] == [(2, "too_long")] and f"{whole} tokens" in shown.warnings[0].message
+    assert [m.code for m in shown.mistakes] == ["not_trainable"]
     assert [(m.line, m.code) for m in counts.mistakes] == [(3, "not_trainable")] and "no token would be trained" in counts.mistakes[
         0
     ].message
