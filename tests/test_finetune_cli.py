@@ -212,6 +212,7 @@ def test_a_job_from_its_files_to_its_model(remote: Call, monkeypatch: pytest.Mon
         4,
         "--learning-rate-multiplier",
         2,
+        "--constraint",
         "--metadata",
         "who=me",
         "--metadata",
@@ -238,7 +239,8 @@ def test_a_job_from_its_files_to_its_model(remote: Call, monkeypatch: pytest.Mon
         {"who": "me", "why": "a=b"},
         "tea",
     )
-    assert job["method"]["supervised"]["hyperparameters"] == {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 2}
+    known = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 2, "constraint": True}
+    assert job["method"]["supervised"]["hyperparameters"] == known
     model = job["fine_tuned_model"]
     assert f"fine_tuned_model: {model}" in remote("retrieve", id).out
     assert (

@@ -490,6 +490,8 @@ def test_every_way_to_say_how_to_train(client: Any, more: dict[str, Any], method
         ({"hyperparameters": {"epochs": 3}}, "hyperparameters.epochs"),
         ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.1}}}}, "method.dpo.hyperparameters.beta"),
+        ({"hyperparameters": {"safety": 11}}, "hyperparameters.safety"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"constraint": True}}}}, "method.dpo.hyperparameters.constraint"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
         ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
         ({"method": {"type": "prayer"}}, "method.type"),
