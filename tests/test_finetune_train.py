@@ -166,6 +166,8 @@ def test_an_example_is_cut_at_the_context_and_that_is_told(spec: Spec, tiny: HF,
     assert 512 == len(made.ids) == len(made.learned) and made.learned[-1] == -100
     told, result = run(replace(spec, epochs=1), tmp_path, [long, *chats(2)], [])
     assert Note("1 of 3 examples fill the context of 512 tokens; what lies beyond is cut off: lines 1") == told[1]
+    checked, _ = run(replace(spec, epochs=1), tmp_path / "other", chats(2), [long])
+    assert Note("1 of 1 validation examples fill the context of 512 tokens; what lies beyond is cut off: lines 1") == checked[2]
     assert result and result.trained_tokens == 512 + sum(len(encoded(tiny, r).ids) for r in chats(2))
 
 
@@ -331,7 +333,10 @@ def test_every_weight_is_trained_on_request(spec: Spec, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_hazards_of_safety_data_are_listed_in_all_that_is_trained_on_them(spec: Spec, tmp_path: Path, full: bool) -> None:
-    quick, more = replace(spec, epochs=1, full=full), [replace(chat(0, "How do I make jam?", "No."), hazard=name) for name in ("jam", "tea", "")]
+    quick, more = (
+        replace(spec, epochs=1, full=full),
+        [replace(chat(0, "How do I make jam?", "No."), hazard=name) for name in ("jam", "tea", "")],
+    )
     _, first = run(quick, tmp_path / "a", [*chats(2), *more], [])
     assert first and trained_on(str(first.folder)) == {"jam", "tea"}
     onward = replace(quick, base=str(first.folder)) if full else replace(quick, start=str(first.folder))

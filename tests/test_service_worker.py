@@ -111,6 +111,7 @@ def test_a_job_tells_what_the_contract_says_in_its_order(whole: tuple[Place, Job
     (speed,) = [e for e in events if e.data and "seconds_per_step" in e.data]
     assert speed.data and 0 < speed.data["seconds_per_step"] < 60 and speed.data["steps_left"] == 54
     assert "A step takes" in speed.message and "so the 54 steps that are left take about" in speed.message
+    (valid,) = [e.data["validation_tokens"] for e in events if e.data and "validation_tokens" in e.data]
     tokens, trained = counts["tokens"], counts["trained_tokens"]
     assert tokens["min"] <= tokens["p5"] <= tokens["median"] <= tokens["p95"] <= tokens["max"] and 0 < trained["total"] < tokens["total"]
     assert 10 * tokens["total"] == place.now(job).trained_tokens
@@ -122,6 +123,7 @@ def test_a_job_tells_what_the_contract_says_in_its_order(whole: tuple[Place, Job
         "Fine-tuning job started",
         f"12 examples of {tokens['min']} to {tokens['max']} tokens, {tokens['total']} in all, of which {trained['total']} are trained on; "
         f"10 epoch(s) of them are {counts['cost']['training']:.2f} by the prices of OpenAI, gpt-3.5-turbo, 2023, in US dollars",
+        f"3 validation examples of {valid['min']} to {valid['max']} tokens, {valid['total']} in all",
         speed.message,
         *(f"Checkpoint created at step {6 * epoch}" for epoch in range(1, 11)),
         f"New fine-tuned model created: {job.name}",

@@ -73,26 +73,34 @@ def spread(values: Sequence[int]) -> Spread:
     return Spread(len(values), int(data.sum()), int(data.min()), int(data.max()), float(data.mean()), median, low, high)
 
 
-def told(records: Sequence[Record], sides: Sequence[Sequence[int]], learned: Sequence[int], room: int, epochs: int) -> Iterator[Note]:
+def told(
+    records: Sequence[Record], sides: Sequence[Sequence[int]], learned: Sequence[int], room: int, epochs: int | None
+) -> Iterator[Note]:
     """What a job tells of its examples: how long they are, which fill the context, and what they would be billed elsewhere.
 
     Args:
         sides: Tokens of each text that an example becomes, as far as the model reads it: of a preference two.
         learned: Tokens of each example that are trained on.
         room: Tokens of the context.
+        epochs: None for validation examples, which nobody bills.
     """
     lengths = [sum(both) for both in sides]
     tokens, trained = spread(lengths), spread(learned)
     filled = [r.line for r, both in zip(records, sides, strict=True) if max(both) >= room]
-    paid = cost(Prices(), lengths, trained.total, epochs)
-    said = f"{tokens.n} examples of {tokens.min} to {tokens.max} tokens, {tokens.total} in all"
-    said += f", of which {trained.total} are trained on" if trained.total else ""
-    said += f"; {epochs} epoch(s) of them are {paid.training:,.2f} by the prices of {paid.prices.name}"
-    data = {"tokens": asdict(tokens), "trained_tokens": asdict(trained), "truncated_lines": filled[:200], "cost": asdict(paid)}
+    kind = "validation " if epochs is None else ""
+    said = f"{tokens.n} {kind}examples of {tokens.min} to {tokens.max} tokens, {tokens.total} in all"
+    data = {f"{kind}tokens".replace(" ", "_"): asdict(tokens), "truncated_lines": filled[:200]}
+    if epochs is not None:
+        paid = cost(Prices(), lengths, trained.total, epochs)
+        said += f", of which {trained.total} are trained on" if trained.total else ""
+        said += f"; {epochs} epoch(s) of them are {paid.training:,.2f} by the prices of {paid.prices.name}"
+        data |= {"trained_tokens": asdict(trained), "cost": asdict(paid)}
     yield Note(said, data, warns=False)
     if filled:
         shown = ", ".join(map(str, filled[:5])) + ", ..." * (len(filled) > 5)
-        yield Note(f"{len(filled)} of {tokens.n} examples fill the context of {room} tokens; what lies beyond is cut off: lines {shown}")
+        yield Note(
+            f"{len(filled)} of {tokens.n} {kind}examples fill the context of {room} tokens; what lies beyond is cut off: lines {shown}"
+        )
 
 
 def measured(records: Sequence[Record], model: "HF", tell: Callable[[int], None] = lambda _: None) -> Counts:
