@@ -76,7 +76,7 @@ def spread(values: Sequence[int]) -> Spread:
 def told(
     records: Sequence[Record], sides: Sequence[Sequence[int]], learned: Sequence[int], room: int, epochs: int | None
 ) -> Iterator[Note]:
-    """What a job tells of its examples: how long they are, which fill the context, and what they would be billed elsewhere.
+    """What a job tells of its examples: how long they are, which fill the context, and what they would be billed elsewhere; of none nothing.
 
     Args:
         sides: Tokens of each text that an example becomes, as far as the model reads it: of a preference two.
@@ -84,6 +84,8 @@ def told(
         room: Tokens of the context.
         epochs: None for validation examples, which nobody bills.
     """
+    if not records:
+        return
     lengths = [sum(both) for both in sides]
     tokens, trained = spread(lengths), spread(learned)
     filled = [r.line for r, both in zip(records, sides, strict=True) if max(both) >= room]

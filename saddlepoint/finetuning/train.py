@@ -89,9 +89,7 @@ def train(
         for records, read, epochs in ((training, lessons, spec.epochs), (validation, checks, None)):
             texts = [[e, e.rejected] if e.rejected else [e] for e in read]
             learned = [sum(token != -100 for e in both for token in e.learned) for both in texts]
-            for note in (
-                counts.told(records, [[len(e.ids) for e in both] for both in texts], learned, model.context, epochs) if read else ()
-            ):
+            for note in counts.told(records, [[len(e.ids) for e in both] for both in texts], learned, model.context, epochs):
                 tell(note)
     hazards = sorted({r.hazard for r in training if r.hazard} | trained_on(spec.start or spec.base))
     saved, cost = time.monotonic(), 0.0
