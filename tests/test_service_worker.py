@@ -32,6 +32,7 @@ from saddlepoint.service.records import Job
 from saddlepoint.service.setting import Setting
 from saddlepoint.service.stages import tune
 from saddlepoint.service.task import Task
+from saddlepoint.service.worker import Lane
 from saddlepoint.store import Store
 
 LESSONS, CHECKS = jsonl([lesson(i) for i in range(12)]), jsonl([lesson(i) for i in range(40, 43)])
@@ -381,6 +382,17 @@ def _widened(folder: Path, out: Path) -> None:
 
 
 # ---- several workers
+
+
+def test_a_worker_removes_the_folders_of_ended_jobs_and_of_no_other_service(make: Make) -> None:
+    place = make()
+    tasks = [claimed(place, LESSONS) for _ in range(2)]
+    folders = [*(task.folder / "training" for task in tasks), place.folder / "work" / "ftjob-of-another-database" / "training"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    place.state.cancel(tasks[0].job.id)
+    Lane(tasks[0].setting, place.state, (), 60.0, threading.Event())._sweep()
+    assert [folder.parent.exists() for folder in folders] == [False, True, True]
 
 
 @pytest.fixture(scope="module")

@@ -136,15 +136,19 @@ class Lane:
             return  # it was cancelled or paused meanwhile, which the next beat tells
 
     def _sweep(self) -> None:
-        """Remove the folders of jobs that have ended. What the gate asked a held model stays for an administrator, as long as it is held."""
+        """Remove the folders of jobs that have ended. What the gate asked a held model stays for an administrator, as long as it is held.
+
+        Folders of jobs that this database does not know are left alone, for they are of another service with the same `--work`.
+        """
         for folder in self.setting.work.glob("ftjob-*"):
             job = self.state.job(folder.name)
-            if job is None or job.status not in ACTIVE:
-                for part in folder.iterdir() if folder.is_dir() else ():
-                    if job is None or job.held is None or not part.name.startswith("gate-"):
+            if job is None or job.status in ACTIVE:
+                continue
+            with suppress(OSError):  # another worker was faster, or something is held in it still
+                for part in folder.iterdir():
+                    if job.held is None or not part.name.startswith("gate-"):
                         shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-                with suppress(OSError):  # it holds something still
-                    folder.rmdir()
+                folder.rmdir()
 
     def _patiently(self, act: Callable[[], T]) -> T | None:
         """Do something with the database, and while that cannot be had, again and again; None where it is time to end."""
