@@ -11,6 +11,7 @@ schemathesis = pytest.importorskip("schemathesis")
 # ruff: noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from test_serve import KEY, running
 
 from saddlepoint.defenses.detection.perplexity_filter import PerplexityFilter
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from saddlepoint.targets.hf import HF
 
 
+CHECKS = (not_a_server_error, status_code_conformance, response_schema_conformance)
 MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
 DOCUMENT = schemathesis.openapi.from_dict(create(Service.of([])).openapi())
 OPERATIONS = {operation.ok().label: operation.ok() for operation in DOCUMENT.get_all_operations()}
@@ -66,7 +68,7 @@ def test_whatever_is_sent_is_answered(name: str, mode: Any, at: str) -> None:
                 if isinstance(case.body.get(most), int) and case.body[most] > 8:
                     case.body[most] = 8
         answer = case.call(base_url=at, headers={"authorization": f"Bearer {KEY}"})
-        case.validate_response(answer, checks=(not_a_server_error,))
+        case.validate_response(answer, checks=CHECKS)
         assert answer.status_code not in (409, 422) and answer.headers["x-request-id"]
         if answer.status_code >= 400:
             error = answer.json()["error"]

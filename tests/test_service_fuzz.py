@@ -14,6 +14,7 @@ schemathesis = pytest.importorskip("schemathesis")
 from hypothesis import HealthCheck, Phase, given, settings
 from postgres import fresh_database, postgres
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from test_service_api import BASE, KEYS, LINE, begun, client_of, serving, succeeded, tuned, uploaded
 
 from saddlepoint.service.app import Service, create
@@ -21,6 +22,7 @@ from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.routing import Tuning
 from saddlepoint.service.state import State
 
+CHECKS = (not_a_server_error, status_code_conformance, response_schema_conformance)
 MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
 PREFIXES = ("/v1/files", "/v1/uploads", "/v1/fine_tuning", "/v1/models", "/v1/saddlepoint")
 FEW = settings(deadline=None, phases=[Phase.generate], derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -108,7 +110,7 @@ def test_whatever_is_sent_is_answered(name: str, mode: Any, at: str, tuning: Tun
         if name == "POST /v1/fine_tuning/jobs" and isinstance(case.body, dict) and seen.total() % 3:
             case.body = case.body | {"model": BASE, "training_file": known["training_file"]} | {"integrations": None}
         answer = case.call(base_url=at.removesuffix("/v1"), headers={"authorization": f"Bearer {KEYS['admin-ann']}"})
-        case.validate_response(answer, checks=(not_a_server_error,))
+        case.validate_response(answer, checks=CHECKS)
         assert answer.status_code < 500 and answer.status_code not in (409, 422) and answer.headers["x-request-id"], answer.text
         if answer.status_code >= 400:
             error = answer.json()["error"]
