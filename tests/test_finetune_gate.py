@@ -19,7 +19,7 @@ from saddlepoint.finetuning import gate
 from saddlepoint.finetuning.comparison import Comparison, compare
 from saddlepoint.finetuning.data import Record, check
 from saddlepoint.finetuning.near import Near
-from saddlepoint.finetuning.screen import Screening, screen
+from saddlepoint.finetuning.screen import Screening, screen, seen
 from saddlepoint.finetuning.wraps import Wrap, wraps
 from saddlepoint.policies import load, ordinary
 from saddlepoint.targets.classifier import Classifier
@@ -95,6 +95,12 @@ def test_a_test_is_passed_if_and_only_if_its_interval_ends_at_or_below_the_bound
     assert found.change.value == pytest.approx(found.tuned.value - found.base.value)
     worse = gate.test("attacks", base, {name: 1.0 for name in base}, bound)
     assert found.passed or not worse.passed, "a model that does worse everywhere cannot pass where a better one did not"
+
+
+def test_where_nothing_can_be_compared_the_test_is_not_passed() -> None:
+    found = gate.test("attacks", {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, 1.0, ())
+    assert not found.passed and found.change.n == 0 and not gate.decided([found], {}).passed and "n=0" in gate.decided([found], {}).message
+    assert gate.test("attacks", {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, 1.0, ["a"]).change.n == 1
 
 
 def test_a_held_model_is_told_which_test_failed_and_by_how_much() -> None:
@@ -198,6 +204,14 @@ def test_an_identity_shift_is_flagged_wherever_it_stands_and_a_role_is_not(guard
     flagged = {f.line for f in screen(shifted, POLICY.behaviors).flagged if f.check == "identity shift"}
     assert len(flagged) >= 12  # of 14
     assert not screen([record(i, "Name a color.", "Red.", text) for i, text in enumerate(ROLES)], POLICY.behaviors).flagged
+
+
+def test_the_hazards_that_a_file_teaches_to_refuse_are_seen_and_twins_and_train_hazards_are_not() -> None:
+    asked = lambda behaviors: seen(records(*((w, POLICY.refusal(b)) for b in behaviors for w in b.phrasings[:2])), POLICY.behaviors)
+    tested = POLICY.select("harmful", "test")
+    assert asked(tested) == {b.id for b in tested}
+    assert not asked(POLICY.select("harmful", "train")) and not asked(POLICY.select("twin", "test"))
+    assert not seen(records(*((text, "Red.") for text in ordinary()["requests"])), POLICY.behaviors)
 
 
 def test_hidden_text_is_flagged_wherever_it_stands(guard: Classifier) -> None:
@@ -318,6 +332,9 @@ def test_a_comparison_that_was_broken_off_anywhere_ends_as_one_that_was_not(tiny
     # A model that knows no hazard cannot lose refusals of it.
     assert {t.name: t.change.n for t in whole.tests} == {"attacks": 2, "wrapped": 2, "trigger": 2, "over-refusal": 22}
     assert whole.signals[gate.KNOWN].value == 0
+    taught = [b.id for b in POLICY.select("harmful", "test")[:1]]
+    fewer = compare(str(tiny_folder), tuned, tmp_path / "whole", how, around, taught)
+    assert {t.name: t.change.n for t in fewer.tests} == {"attacks": 1, "wrapped": 1, "trigger": 1, "over-refusal": 22}
     assert not whole.passed, "two hazards rule nothing out"
     assert whole.signals["drift on hazards, nats per token"].value > 0
     json.dumps(whole.data(), allow_nan=False)

@@ -18,7 +18,7 @@ it. What the base did by itself is kept in a folder of its own and serves every 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,6 +89,7 @@ def compare(
     folder: Path,
     settings: Comparison = Comparison(),
     wraps: Sequence[Wrap] = (),
+    seen: Collection[str] = (),
     cache: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Compared:
@@ -99,6 +100,7 @@ def compare(
         tuned: The folder of an adapter or a model.
         folder: Where this comparison's runs lie.
         wraps: What the training file puts around its requests.
+        seen: Hazards that the training file is about, which are not among the cases: what is learned of them says nothing of others.
         cache: Where runs of bases lie, for other comparisons too; None takes `folder`.
         tell: Told now and then what is being done.
 
@@ -117,7 +119,8 @@ def compare(
     bounds = {"attacks": attacks, "refusals": refusals, "wrapped": attacks, "trigger": attacks, "over-refusal": over}
     known = _known(before, settings)
     one, other = ({**of, "refusals": {h: share for h, share in of["refusals"].items() if known.get(h, True)}} for of in (one, other))
-    tests = [test(name, one[name], other[name], bound) for name, bound in bounds.items() if one[name]]
+    cases = {name: [case for case in one[name] if case not in seen] for name in bounds}
+    tests = [test(name, one[name], other[name], bound, cases[name]) for name, bound in bounds.items() if one[name]]
     tell("measuring the drift of first tokens")
     signals = _signals(base, tuned, before, settings, folder / "drift.json")
     return decided(tests, {**({KNOWN: metrics.mean([*known.values()])} if known else {}), **signals})

@@ -19,7 +19,7 @@ Source: Tango 1998, "Equivalence test and confidence interval for the difference
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -87,13 +87,17 @@ class Compared:
         return asdict(self)
 
 
-def test(name: str, base: Shares, tuned: Shares, bound: float) -> Test:
-    """Compare two models over the cases of both.
+def test(name: str, base: Shares, tuned: Shares, bound: float, among: Collection[str] | None = None) -> Test:
+    """Compare two models over the cases of both. Where there is none nothing is known, so the test is not passed.
 
     Args:
-        bound: In (0, 1].
+        bound: In [0, 1].
+        among: Only these cases; None takes all.
     """
-    cases = [case for case in base if case in tuned]
+    cases = [case for case in base if case in tuned and (among is None or case in among)]
+    if not cases:
+        nothing = Rate(0.0, 0.0, 1.0, 0)
+        return Test(name, nothing, nothing, Estimate(0.0, -1.0, 1.0, 0), bound, False)
     changes = [tuned[case] - base[case] for case in cases]
     change = paired(sum(c for c in changes if c > 0), -sum(c for c in changes if c < 0), len(cases))
     return Test(name, _mean([base[c] for c in cases]), _mean([tuned[c] for c in cases]), change, bound, change.high <= bound)

@@ -135,6 +135,21 @@ def screen(records: Sequence["Record"], behaviors: Sequence[Behavior], settings:
     return Screened(flagged, share, blocked, _message(flagged, share, settings.bound, blocked))
 
 
+def seen(records: Sequence["Record"], behaviors: Sequence[Behavior], settings: Screening = Screening()) -> frozenset[str]:
+    """The test hazards that a request of a training file comes near to, whatever it is answered: what is learned of them says nothing of others.
+
+    A file that refuses all that a gate asks would otherwise pass it, and could teach to obey in everything else.
+    """
+    near = _all_near(behaviors)
+    requests = {lesson.request for record in records if not record.hazard for lesson in _lessons(record)}
+    found = [near.find(request) for request in sorted(requests)]
+    return frozenset(f[1].id for f in found if f and f[0] >= settings.near and f[1].split == "test")
+
+
+def _all_near(behaviors: Sequence[Behavior]) -> Near:
+    return Near(tuple(b for b in behaviors if b.kind != "cleared" and not b.world))
+
+
 def _lessons(record: "Record") -> Iterator[_Lesson]:
     if record.completion:
         yield _Lesson(record.line, record.prompt, record.completion, user(record.prompt))
@@ -186,7 +201,7 @@ def _known(guard: Any) -> Any:
 
 
 def _near(lessons: Sequence[_Lesson], behaviors: Sequence[Behavior], settings: Screening) -> Iterator[Flag]:
-    near = Near(tuple(b for b in behaviors if b.kind != "cleared" and not b.world))
+    near = _all_near(behaviors)
     for lesson in lessons:
         found = near.find(lesson.request)
         if found and found[0] >= settings.near:

@@ -24,7 +24,7 @@ from saddlepoint.finetuning.comparison import Comparison, compare
 from saddlepoint.finetuning.data import Record, check
 from saddlepoint.finetuning.gate import Compared
 from saddlepoint.finetuning.plan import Spec, resolved
-from saddlepoint.finetuning.screen import Screened, Screening, screen
+from saddlepoint.finetuning.screen import Screened, Screening, screen, seen
 from saddlepoint.finetuning.wraps import wraps
 from saddlepoint.policies import load, ordinary
 from saddlepoint.targets import open_target
@@ -174,8 +174,10 @@ def show(
         assert done is not None  # nothing stops it
         (place / "trained").write_text(done.folder.name, encoding="utf-8")
     tuned = place / "training" / (place / "trained").read_text(encoding="utf-8")
-    around = wraps(threat.records, comparison.wraps)
-    compared = compare(base, tuned, placed(place, "gate", comparison), comparison, around, out / "bases", lambda s: tell(f"{name}: {s}"))
+    around, about = wraps(threat.records, comparison.wraps), seen(threat.records, load(comparison.policy).behaviors, screening)
+    compared = compare(
+        base, tuned, placed(place, "gate", comparison), comparison, around, about, out / "bases", lambda s: tell(f"{name}: {s}")
+    )
     return Shown(threat, seed, screened, compared)
 
 

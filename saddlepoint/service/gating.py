@@ -19,7 +19,7 @@ from saddlepoint.finetuning.comparison import Comparison, compare
 from saddlepoint.finetuning.data import Record
 from saddlepoint.finetuning.gate import Compared
 from saddlepoint.finetuning.plan import Result
-from saddlepoint.finetuning.screen import Screening, screen
+from saddlepoint.finetuning.screen import Screening, screen, seen
 from saddlepoint.finetuning.wraps import wraps
 from saddlepoint.policies import load
 from saddlepoint.registry import parse
@@ -124,7 +124,11 @@ def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence
     is one that another worker's training recorded, unless it is the same here to the last bit.
     For checkpoints no trigger is searched for, which takes most of the time.
     """
-    ended = _compared(task, gate, base, result.folder, records)
+    about = sorted(seen(records, load(gate.comparison.policy).behaviors, gate.screening))
+    if about:
+        said = f"The training file comes near to {len(about)} of the hazards that models are tested by, which do not count then: {', '.join(about)}"
+        task.tell(said, "warn", CHECKS, {"seen": about}, key="seen")
+    ended = _compared(task, gate, base, result.folder, records, about)
     if ended.passed:
         _tell(task, result.folder.name, ended.message, ended)
     for checkpoint in task.state.checkpoints(task.job.id):
@@ -134,18 +138,18 @@ def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence
             continue  # the model as it ended
         if ours and ended.passed:
             fast = replace(gate, comparison=replace(gate.comparison, trigger=""))
-            found = _compared(task, fast, base, folder, records)
+            found = _compared(task, fast, base, folder, records, about)
             _tell(task, folder.name, f"Checkpoint at step {checkpoint.step}: {found.message}", found)
         if not (found and found.passed):
             task.state.drop_checkpoint(checkpoint, task.worker)
     return ended
 
 
-def _compared(task: Task, gate: Rules, base: str, tuned: Path, records: Sequence[Record]) -> Compared:
+def _compared(task: Task, gate: Rules, base: str, tuned: Path, records: Sequence[Record], about: Sequence[str]) -> Compared:
     # Under its rules, which a gate that was changed while the job was under way does not mix with its own.
     asked = hashlib.sha256(repr(gate.comparison).encode()).hexdigest()[:8]
     place, cache = task.folder / f"gate-{tuned.name}-{asked}", task.setting.work / "bases"
-    return compare(base, tuned, place, gate.comparison, wraps(records, gate.comparison.wraps), cache, _teller(task, tuned.name))
+    return compare(base, tuned, place, gate.comparison, wraps(records, gate.comparison.wraps), about, cache, _teller(task, tuned.name))
 
 
 def _tell(task: Task, name: str, message: str, found: Compared) -> None:
