@@ -5,10 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -324,8 +326,6 @@ def test_what_goes_wrong_is_told_in_one_line(remote: Call, args: tuple[str, ...]
 @contextmanager
 def holding(folder: Path) -> Iterator[tuple[str, str]]:
     """A server whose only job was held by its gate: its address and the job's id."""
-    import threading
-
     from saddlepoint.service.app import Service, create
     from saddlepoint.service.blobs import Blobs
     from saddlepoint.service.chat import Served
@@ -371,3 +371,71 @@ def test_an_administrator_releases_a_held_model(finetune: Call, tmp_path: Path) 
         released = finetune("release", id, "--reason", "looked at it", "--url", at, "--key", KEYS["admin-ann"])
         assert released.code == 0 and "status: succeeded" in released.out and "fine_tuned_model: ft:tiny:local::abcdefgh" in released.out
         assert "The model was released by admin-ann: looked at it" in finetune("events", id, "--url", at, "--key", KEYS["me"]).out
+
+
+# ---- the hosted service, which says some things otherwise than its own schema
+
+HOSTED = {
+    "object": "fine_tuning.job",
+    "id": "ftjob-abc123",
+    "model": "gpt-4o-mini-2024-07-18",
+    "created_at": 1721764800,
+    "fine_tuned_model": None,
+    "status": "paused",  # which its schema lacks
+    "training_file": "file-abc123",
+    "hyperparameters": None,
+    "error": {},
+    "result_files": [],
+    "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}},
+    "shared_with_openai": False,
+}
+OLDER = {**HOSTED, "id": "ftjob-old", "status": "succeeded", "error": {"code": None, "message": None, "param": None}, "method": None}
+HAPPENED = [
+    {"object": "fine_tuning.job.event", "id": f"ftevent-{n}", "created_at": 1721764800 + n, "level": "info", "message": said, "type": kind}
+    for n, said, kind in ((2, "Moderation checks passed", "moderation_checks"), (1, "Created fine-tuning job", "message"))
+]
+
+
+def test_the_commands_take_what_the_hosted_service_answers(finetune: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bytes]] = []
+
+    class Hosted(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            path = self.path.partition("?")[0]
+            asked.append((f"{self.command} {path}", self.rfile.read(int(self.headers.get("content-length") or 0))))
+            told: dict[str, Any] = OLDER if "old" in path else HOSTED
+            if path.endswith("/events"):
+                told = {"object": "list", "data": HAPPENED, "has_more": False}
+            elif asked[-1][0] == "GET /v1/fine_tuning/jobs":
+                told = {"object": "list", "data": [HOSTED, OLDER], "has_more": False}
+            body = json.dumps(told).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_: Any) -> None: ...
+
+    hosted = ThreadingHTTPServer(("127.0.0.1", 0), Hosted)
+    threading.Thread(target=hosted.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", KEYS["me"])
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{hosted.server_port}/v1")
+    assert [line.split()[:2] for line in finetune("list").out.splitlines()[1:]] == [["ftjob-abc123", "paused"], ["ftjob-old", "succeeded"]]
+    shown = finetune("retrieve", "ftjob-abc123")
+    assert shown.code == 0 and 'method: {"type": "dpo"' in shown.out and "error" not in shown.err
+    told = [line.partition("  ")[2] for line in finetune("events", "ftjob-abc123").out.splitlines()]
+    assert told == ["Created fine-tuning job", "Moderation checks passed"]
+    followed = finetune("events", "ftjob-old", "--follow")
+    assert followed.code == 0 and "status: succeeded" in followed.out
+    assert finetune("cancel", "ftjob-abc123").code == 0 and asked[-1] == ("POST /v1/fine_tuning/jobs/ftjob-abc123/cancel", b"")
+    made = finetune("create", "file-abc123", "--model", "gpt-4o-mini-2024-07-18", "--epochs", 2, "--no-follow")
+    assert made.code == 0 and json.loads(asked[-1][1]) == {
+        "model": "gpt-4o-mini-2024-07-18",
+        "training_file": "file-abc123",
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+    }
+    hosted.shutdown()
+    hosted.server_close()
