@@ -18,8 +18,8 @@ from saddlepoint.errors import StoreError, UsageError
 from saddlepoint.finetuning.plan import Step
 from saddlepoint.service.blobs import Blobs
 from saddlepoint.service.records import File, Job
-from saddlepoint.service.rows import Refused, fresh
-from saddlepoint.service.schema import NOTE, writing
+from saddlepoint.service.rows import Refused, fresh, stored
+from saddlepoint.service.schema import NOTE, reading, writing
 from saddlepoint.service.setting import Setting
 from saddlepoint.service.state import Lost, State
 from saddlepoint.service.task import Task
@@ -55,6 +55,11 @@ def file(state: State, sha: str = SHA, owner: str = "me", size: int = 10, **more
     made = state.files.add(File(fresh("file-"), owner, size, int(time.time()), "some.jsonl", "fine-tune", sha, **more))
     state.files.ready(made.id)
     return made
+
+
+def bytes_of(state: State, owner: str) -> int:
+    with reading(state._engine) as db:
+        return stored(db, owner)
 
 
 def job(state: State, owner: str = "me", training: str = "", most: int = 0, quota: int = 0, **more: Any) -> Job:
@@ -254,7 +259,7 @@ def test_quotas_hold_though_many_ask_at_once(place: str) -> None:
                 assert wrong.code == "exceeded_quota"
 
     _together([lambda state=state, n=n: store(state, n) for n, state in enumerate(states)])
-    assert (kept.count("file"), kept.count("job")) == (10, 7) and states[0].files.stored("me") == 1000
+    assert (kept.count("file"), kept.count("job")) == (10, 7) and bytes_of(states[0], "me") == 1000
     for state in states:
         state.close()
 
@@ -284,7 +289,7 @@ def test_models_and_checkpoints_count_in_their_owners_quota(place: str) -> None:
     for step in (1, 2):
         state.checkpoint(made.id, step, {}, {"config": "c" * 64, "weights": str(step) * 64}, worker="w")
     state.finish(made.id, "succeeded", worker="w", manifest={"config": "c" * 64, "weights": "2" * 64}, result=("b" * 64, 5))
-    assert state.files.stored("me") == 10 + 7 + 100 + 100 + 5 and state.files.stored("other") == 0  # what they share is there once
+    assert bytes_of(state, "me") == 10 + 7 + 100 + 100 + 5 and bytes_of(state, "other") == 0  # what they share is there once
     more = File(fresh("file-"), "me", 50, 1, "f", "batch", "e" * 64)
     with pytest.raises(
         Refused, match="222 bytes are stored under this key and 50 more would exceed its quota of 250; delete files or models"
@@ -292,7 +297,7 @@ def test_models_and_checkpoints_count_in_their_owners_quota(place: str) -> None:
         state.files.add(more, quota=250)
     with pytest.raises(Refused, match="exceed its quota"):
         job(state, training=made.training_file, quota=222)
-    assert state.delete_model(f"{made.name}:ckpt-step-1") and state.delete_model(made.name) and state.files.stored("me") == 122
+    assert state.delete_model(f"{made.name}:ckpt-step-1") and state.delete_model(made.name) and bytes_of(state, "me") == 122
     assert state.files.add(more, quota=250) and job(state, training=made.training_file, quota=222)
     state.close()
 

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Select, delete, exists, func, or_, select, update
 
 from saddlepoint.service.records import ACTIVE, File, Part, Upload
-from saddlepoint.service.rows import Refused, add, disuse, first, of, page, record, stored, use, within
+from saddlepoint.service.rows import Refused, add, disuse, first, of, page, record, use, within
 from saddlepoint.service.schema import FILE, JOB, PART, UPLOAD, USE, reading, writing
 
 DAY = 24 * 3600  # seconds
@@ -66,11 +66,6 @@ class Shelf:
                 raise Refused(f"the file {id} is needed by the job {job}; cancel that first", "file_in_use", "file_id")
             self._remove(db, id)
         return True
-
-    def stored(self, owner: str) -> int:
-        """Bytes of all that an owner keeps."""
-        with reading(self._engine) as db:
-            return stored(db, owner)
 
     def _remove(self, db: Connection, id: str) -> None:
         db.execute(delete(FILE).where(FILE.c.id == id))
