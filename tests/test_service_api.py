@@ -214,6 +214,8 @@ def test_files_jobs_and_models_belong_to_the_key_that_made_them(url: str, client
         jobs = other.fine_tuning.jobs
         for call in (jobs.retrieve, jobs.cancel, jobs.pause, jobs.resume, jobs.list_events, jobs.checkpoints.list):
             refused(openai.NotFoundError, call, job.id)
+        for listed, after in ((other.files.list, file.id), (jobs.list, job.id)):
+            assert refused(openai.BadRequestError, listed, after=after)["param"] == "after"
         refused(openai.NotFoundError, other.models.retrieve, name)
         refused(openai.NotFoundError, other.models.delete, name)
         assert not other.files.list().data and not jobs.list().data and [m.id for m in other.models.list()] == [BASE]

@@ -59,10 +59,10 @@ def page(
     """Up to `limit` records behind the one with the id `after`, and whether there are more.
 
     Raises:
-        Refused: There is no such id.
+        Refused: There is no such id among them.
     """
     if after:
-        at = db.execute(select(table.c.number).where(table.c.id == after)).scalar()
+        at = db.execute(query.with_only_columns(table.c.number).where(table.c.id == after)).scalar()  # what others have does not exist
         if at is None:
             raise Refused(f"'after' names '{after}', which does not exist", "invalid_value", "after")
         query = query.where(table.c.number < at if newest else table.c.number > at)
