@@ -386,6 +386,13 @@ def test_webhooks_wait_until_they_are_received(state: State) -> None:
         state.outbox.subscribe(["file:///etc/passwd"])
 
 
+def test_a_database_has_a_name_of_its_own(place: str, tmp_path: Path) -> None:
+    first, again, other = (State.open(at) for at in (place, place, str(tmp_path / "other")))
+    assert first.id == again.id != other.id
+    for state in (first, again, other):
+        state.close()
+
+
 def test_a_database_is_made_once_and_of_one_version(place: str) -> None:
     made: list[State] = []
     _together([lambda: made.append(State.open(place))] * 6)
@@ -489,6 +496,17 @@ def test_what_nothing_refers_to_is_swept(blobs: Blobs, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="put it back"):
         blobs.size(orphan)
     state.close()
+
+
+def test_the_files_of_one_database_are_no_other_ones(blobs: Blobs) -> None:
+    sha, _ = blobs.put(b"x")
+    blobs.belong("one"), blobs.belong("one")
+    with pytest.raises(UsageError, match="another service, whose database is one and not other"):
+        blobs.belong("other")
+    gone: list[str] = []
+    blobs.sweep(gone.append, age=-1)
+    assert gone == [sha]
+    blobs.belong("one")
 
 
 def test_a_folder_comes_back_wholly_or_not_at_all(blobs: Blobs, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from saddlepoint.errors import StoreError, UsageError
 from saddlepoint.service.records import Manifest
 
 PIECE = 1 << 20  # bytes
+OWNER = "service"  # the file that says whose files these are
+SHA = re.compile(r"[0-9a-f]{64}")
 
 
 class Blobs:
@@ -43,6 +45,22 @@ class Blobs:
             self._fs.makedirs(f"{self._root}/partial", exist_ok=True)
         except (OSError, ValueError, ImportError) as wrong:
             raise UsageError(f"--files {url}: {wrong}; give a folder, or a URL whose fsspec driver is installed") from None
+
+    def belong(self, state: str) -> None:
+        """Be the files of one database for good: what a database does not know is removed, so two of them cannot share a place.
+
+        Args:
+            state: Its `State.id`.
+
+        Raises:
+            UsageError: They are those of another one.
+        """
+        mark = f"{self._root}/{OWNER}"
+        if not self._fs.exists(mark):
+            self._fs.pipe_file(mark, state.encode())
+        if (found := self._fs.cat_file(mark).decode()) != state:
+            said = f"--files {self._root} holds the files of another service, whose database is {found} and not {state}"
+            raise UsageError(f"{said}; give another place, or remove {mark} if that database is gone")
 
     def put(self, source: bytes | Path | Iterable[bytes]) -> tuple[str, int]:
         """Keep bytes, a file, or chunks as they come: the SHA-256 and the number of bytes. What is there already is left as it is.
@@ -127,8 +145,8 @@ class Blobs:
                     continue
                 if path.rpartition("/")[0].endswith("/partial"):
                     self._fs.rm_file(path)
-                else:
-                    forget(path.rpartition("/")[2])
+                elif SHA.fullmatch(name := path.rpartition("/")[2]):
+                    forget(name)
 
     def put_folder(self, folder: Path) -> Manifest:
         """Keep every file of a folder: their relative paths with the SHA-256 of each."""
@@ -160,7 +178,7 @@ class Blobs:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _place(self, sha: str) -> str:
-        if not re.fullmatch(r"[0-9a-f]{64}", sha):
+        if not SHA.fullmatch(sha):
             raise StoreError(f"'{sha}' is no SHA-256 in hexadecimal digits")
         return f"{self._root}/{sha[:2]}/{sha}"
 

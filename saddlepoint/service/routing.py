@@ -58,7 +58,9 @@ class Tuning:
         place, files = state or str(folder), files or str(folder / "files")
         blobs = Blobs(files)
         worker = Setting(place, files, folder / "work", bases, gate).flags
-        return cls(State.open(place, blobs.remove, blobs.size), blobs, bases, worker=(*worker, "--attached") if bases else (), **limits)
+        opened = State.open(place, blobs.remove, blobs.size)
+        blobs.belong(opened.id)
+        return cls(opened, blobs, bases, worker=(*worker, "--attached") if bases else (), **limits)
 
 
 def home(state: str) -> Path:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import (
     JSON,
@@ -280,6 +281,8 @@ def prepare(engine: Engine) -> None:
         if not inspect(db).has_table("note"):
             SCHEMA.create_all(db)
             db.execute(insert(NOTE).values(key="version", value=VERSION))
+        if not db.execute(select(NOTE.c.key).where(NOTE.c.key == "id")).first():
+            db.execute(insert(NOTE).values(key="id", value=uuid4().hex))
         found = db.execute(select(NOTE.c.value).where(NOTE.c.key == "version")).scalar_one_or_none()
     if found != VERSION:
         raise StoreError(f"the service's database has schema {found}, this version of Saddlepoint has {VERSION}; give a new --state")

@@ -21,7 +21,7 @@ from saddlepoint.service.life import Lost
 from saddlepoint.service.outbox import Outbox
 from saddlepoint.service.records import ACTIVE, Checkpoint, Job, JobEvent, Manifest, Model, Status
 from saddlepoint.service.rows import Refused, add, disuse, first, fresh, of, page, record, use, within
-from saddlepoint.service.schema import CHECKPOINT, EVENT, FILE, JOB, LABEL, MODEL, clock, connected, prepare, reading, writing
+from saddlepoint.service.schema import CHECKPOINT, EVENT, FILE, JOB, LABEL, MODEL, NOTE, clock, connected, prepare, reading, writing
 from saddlepoint.service.shelf import DAY, Shelf, alive
 
 Wish = Literal["go", "cancel", "pause"]
@@ -57,6 +57,12 @@ class State:
             engine.dispose()
             raise
         return cls(engine, drop, size)
+
+    @property
+    def id(self) -> str:
+        """A name of this database that no other has."""
+        with reading(self._engine) as db:
+            return str(db.execute(select(NOTE.c.value).where(NOTE.c.key == "id")).scalar_one())
 
     def close(self) -> None:
         """Close its connections."""
