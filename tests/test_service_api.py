@@ -136,6 +136,18 @@ def test_equal_files_share_their_bytes_until_the_last_is_deleted(client: Any, tu
     assert not tuning.blobs.has(sha)
 
 
+def test_a_file_that_was_damaged_or_removed_by_hand_is_not_handed_out(client: Any, tuning: Tuning) -> None:
+    made = [uploaded(client, os.urandom(n)) for n in (1000, 3 << 20)]
+    for file in made:
+        sha = tuning.state.files.get(file.id).sha  # type: ignore[union-attr]
+        tuning.blobs._fs.pipe(tuning.blobs._place(sha), b"x" * file.bytes)
+    assert refused(openai.InternalServerError, client.files.content, made[0].id)["code"] == "server_unavailable"
+    with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):  # known at its end only, which then does not come
+        client.files.content(made[1].id).read()
+    tuning.blobs.remove(sha)
+    assert refused(openai.InternalServerError, client.files.content, made[1].id)["code"] == "server_unavailable"
+
+
 def test_files_are_listed_in_pages(url: str, client: Any) -> None:
     made = [uploaded(client, purpose="evals").id for _ in range(5)]
     assert [f.id for f in client.files.list(purpose="evals", limit=2)] == made[::-1]  # the client asks for every page

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -112,7 +113,9 @@ def routes(tuning: Tuning) -> APIRouter:
             "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
             "x-content-type-options": "nosniff",
         }
-        return StreamingResponse(tuning.blobs.chunks(file.sha), media_type="application/octet-stream", headers=headers)
+        held = tuning.blobs.chunks(file.sha)
+        whole = chain([next(held, b"")], held)  # what is gone is told before a response begins
+        return StreamingResponse(whole, media_type="application/octet-stream", headers=headers)
 
     return made
 
