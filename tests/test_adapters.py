@@ -189,6 +189,16 @@ def test_what_cannot_be_served_says_why(place: tuple[State, Blobs], folders: lis
 # ---- an upstream
 
 
+def vanishes(path: Path) -> bool:
+    """Whether a folder goes within five seconds: it goes with the last request that has it."""
+    for _ in range(100):
+        gc.collect()
+        if not path.exists():
+            return True
+        time.sleep(0.05)
+    return False
+
+
 class Loading:
     """A server as vLLM is with runtime LoRA loading: it knows what was loaded, and answers with the name and what lies at the path."""
 
@@ -271,7 +281,7 @@ def test_an_upstream_generates_behind_our_guards_and_loads_adapters_as_they_are_
         assert ask(here, names[0], odd).choices[0].finish_reason == "content_filter"  # our guard stands before it
         streamed = "".join(c.choices[0].delta.content or "" for c in ask(here, names[1], fine, stream=True))
         assert streamed == f"{names[1]} says {fine}"
-        assert list(far.loaded) == [names[1]] and not path.exists()  # the first one made room
+        assert list(far.loaded) == [names[1]] and vanishes(path)  # the first one made room
         assert not left.exists()  # of a server that was killed
         far.loaded.clear()  # it was started anew
         assert ask(here, names[1], fine).choices[0].message.content == f"{names[1]} says {fine}"
@@ -306,7 +316,7 @@ def test_an_adapter_that_made_room_while_it_answers_answers_on(
     assert answers(two.served(second, "me")) and answers(one.served(first, "me"))
     assert Path(far.loaded[first]).is_dir()
     del under_way, there
-    gc.collect()  # what earlier tests left may hold up the collector
+    gc.collect()  # what earlier requests raised may hold it up
     assert len(list((tmp_path / "upstream").iterdir())) == 2  # one for each server
 
 
