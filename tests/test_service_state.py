@@ -509,6 +509,16 @@ def test_the_files_of_one_database_are_no_other_ones(blobs: Blobs) -> None:
     blobs.belong("one")
 
 
+def test_what_users_sent_is_for_the_operator_only(tmp_path: Path) -> None:
+    Blobs(tmp_path / "files")
+    for where in (str(tmp_path / "folder"), f"sqlite:///{tmp_path / 'other.db'}"):
+        state = State.open(where)
+        file(state)
+        state.close()
+    private = [tmp_path / "files", tmp_path / "folder", *tmp_path.rglob("*.db*")]
+    assert len(private) >= 4 and [path for path in private if path.stat().st_mode & 0o77] == []
+
+
 def test_a_folder_comes_back_wholly_or_not_at_all(blobs: Blobs, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)

@@ -6,7 +6,7 @@ Several servers and workers may use one database at a time. Times are seconds si
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,11 +201,13 @@ def connected(place: str) -> Engine:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as wrong:
             raise UsageError(f"{place} cannot be made a folder: {wrong.strerror}; give another --state") from None
-        os.close(os.open(folder / "state.db", os.O_RDWR | os.O_CREAT, 0o600))  # what users sent is for the operator's eyes only
         place = f"sqlite:///{folder / 'state.db'}"
     try:
         url = make_url(place)
         sqlite = url.get_backend_name() == "sqlite"
+        if sqlite and url.database:
+            with suppress(OSError):  # what is wrong is told when it is opened
+                os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # what users sent is for the operator's eyes only
         if not sqlite and url.password is None:  # PostgreSQL's own programs read it there too: a command line can be read by others
             url = url.set(password=os.environ.get("PGPASSWORD"))
         engine = create_engine(url, pool_size=8, max_overflow=24, pool_pre_ping=not sqlite, connect_args={"timeout": 30} if sqlite else {})
