@@ -360,11 +360,13 @@ def client(tiny: "HF") -> Iterator[Any]:
 def test_the_official_client_runs_graders(client: Any) -> None:
     run = client.fine_tuning.alpha.graders.run
     found = run(grader=check("eq"), model_sample="Oslo", item={"wanted": "Oslo"})
+    assert found.metadata.sampled_model_name is None
     assert found.reward == 1.0 and found.sub_rewards == {} and found.api_model_grader_token_usage_per_model == {}
     assert found.metadata.name == "check" and found.metadata.type == "string_check" and found.metadata.scores == {"check": 1.0}
     assert found.metadata.execution_time >= 0 and not any(v for k, v in found.metadata.errors.to_dict().items())
     assert len(found.metadata.errors.to_dict()) == 14
     found = run(grader=score(), model_sample="hello")
+    assert found.metadata.sampled_model_name == "judge"
     assert found.reward == 0.75 and found.metadata.token_usage == found.api_model_grader_token_usage_per_model["judge"]
     found = run(grader=multi("(a + b) / 2", a=check("ilike"), b=label()), model_sample="OSLO", item={"wanted": "oslo", "x": 1})
     assert found.reward == 0.5 and found.sub_rewards == {"a": 1.0, "b": 0.0} and found.metadata.scores == {"a": 1.0, "b": 0.0}

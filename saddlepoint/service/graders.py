@@ -114,7 +114,7 @@ def _shown(grader: grader_types.Grader, graded: Graded, seconds: float) -> dict[
         "execution_time": seconds,
         "scores": scores,
         "token_usage": sum(graded.tokens.values()) if graded.tokens else None,
-        "sampled_model_name": None,
+        "sampled_model_name": getattr(grader, "model", None),
     }
     return {
         "reward": graded.reward,
