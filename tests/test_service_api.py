@@ -737,6 +737,13 @@ def test_odd_json_is_400(url: str) -> None:
         assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}, (body[:40], answer.text)
 
 
+def test_json_that_is_not_called_json_is_told(url: str) -> None:
+    for kind in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
+        head = {"authorization": f"Bearer {KEYS['me']}"} | kind
+        answer = httpx.post(f"{url}/fine_tuning/jobs", content=b'{"model": "m", "training_file": "x"}', headers=head)
+        assert answer.status_code == 400 and "content-type: application/json" in answer.json()["error"]["message"]
+
+
 def test_posts_without_a_body_may_have_any(url: str, client: Any) -> None:
     head = {"authorization": f"Bearer {KEYS['me']}"}
     for body, kind in ((b"", "application/json"), (b"", ""), (b"{}", "application/json"), (b"null", "text/plain")):

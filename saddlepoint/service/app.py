@@ -98,9 +98,11 @@ def create(
         return wrong.response
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, wrong: RequestValidationError) -> Response:
+    async def invalid(request: Request, wrong: RequestValidationError) -> Response:
         first, *others = wrong.errors()
         where = _field(first["loc"])
+        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            return ApiError(400, "send the body as JSON, with the header content-type: application/json", "invalid_content_type").response
         if first["type"] == "extra_forbidden":
             return ApiError(400, f"no such parameter: '{where}'", "unknown_parameter", where).response
         said = dict.fromkeys(one["msg"] for one in (first, *others) if _field(one["loc"]) == where)
