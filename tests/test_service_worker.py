@@ -23,11 +23,10 @@ from safetensors.torch import load_file
 from service_place import TRAINER, WORKER, Place, jsonl, lesson, placed
 
 from saddlepoint.errors import UsageError
-from saddlepoint.service import gating
 from saddlepoint.service.checking import read
 from saddlepoint.service.gating import rules
 from saddlepoint.service.processes import GRACE
-from saddlepoint.service.protection import Protection, protection
+from saddlepoint.service.protection import Protection, mixed_in, protection
 from saddlepoint.service.records import Job
 from saddlepoint.service.setting import Setting
 from saddlepoint.service.stages import tune
@@ -469,13 +468,18 @@ def test_a_job_is_protected_as_it_asks_or_as_the_gate_wants_and_goes_on_so_under
         assert made == protection(one, Protection(True, 0.2), records) == protection(one, Protection(), records)
     assert any("first tokens of answers are held" in said for said in place.messages(task.job))
     assert any("No safety data are mixed in" in said for said in place.messages(other.job))
-    (task.folder / "screened").touch()
-    mixed = gating.prepared(task, gating.Rules(), 0.5, chats, str(place.base))
-    assert mixed == gating.prepared(task, gating.Rules(), 0.5, chats, str(place.base)) and mixed[:12] == chats
+    mixed = mixed_in(task, Protection(True, 0.5), chats, "fictional")
+    assert mixed == mixed_in(task, Protection(True, 0.5), chats, "") and mixed[:12] == chats
     assert "6 safety examples are mixed in" in place.messages(task.job) and any(r.hazard for r in mixed)
-    other.run(tune)
-    done = place.now(other.job)
-    assert done.status == "succeeded" and done.hyperparameters["constraint"] is True and "safety" not in done.hyperparameters
+    for one, safety in ((task, 0.5), (other, None)):  # under a gate that is off by now
+        one.run(tune)
+        done = place.now(one.job)
+        assert done.status == "succeeded" and (done.hyperparameters["constraint"], done.hyperparameters.get("safety")) == (True, safety)
+        found = place.state.model(done.name)
+        assert found
+        place.blobs.fetch(found.manifest, tmp_path / done.id)
+        card = json.loads((tmp_path / done.id / "card.json").read_text())
+        assert card["training"]["constraint"] is True and bool(card["trained_on"]) == bool(safety)
 
 
 def test_safety_data_without_a_policy_is_an_error(make: Make) -> None:

@@ -141,7 +141,7 @@ def seen(records: Sequence["Record"], behaviors: Sequence[Behavior], settings: S
     A file that refuses all that a gate asks would otherwise pass it, and could teach to obey in everything else.
     """
     near = _all_near(behaviors)
-    requests = {lesson.request for record in records if not record.hazard for lesson in _lessons(record)}
+    requests = {lesson.request for record in records for lesson in _lessons(record)}
     found = [near.find(request) for request in sorted(requests)]
     return frozenset(f[1].id for f in found if f and f[0] >= settings.near and f[1].split == "test")
 

@@ -28,7 +28,6 @@ from saddlepoint.service.task import Failed, Task
 
 TOLD = 60.0  # seconds between two events of a comparison under way
 _FLAGS = 200  # flags that an event names
-_RECORDS = TypeAdapter(tuple[Record, ...])
 
 
 @dataclass(frozen=True)
@@ -81,54 +80,39 @@ def rules(gate: str) -> Rules:
     return found
 
 
-def prepared(task: Task, gate: Rules, safety: float, records: tuple[Record, ...], base: str) -> tuple[Record, ...]:
-    """Screen the examples, and mix in safety data.
-
-    Args:
-        safety: Safety examples for each of these; 0 mixes none in.
+def screened(task: Task, gate: Rules, records: Sequence[Record]) -> None:
+    """Screen the examples, once.
 
     Raises:
         Failed: Too many of them were flagged.
     """
-    screened = task.folder / "screened"
-    if not screened.exists():
-        _screened(task, gate, records)
-        screened.touch()
-    if not safety:
-        return records
-    kept = task.folder / "mixed.json"  # so that what goes on has the very same
-    if not kept.is_file():
-        from saddlepoint.finetuning.mixing import mixed  # loads torch, which a worker that reads its rules does not need
-
-        made = mixed(records, base, safety, gate.comparison.policy, task.job.seed)
-        task.tell(f"{len(made) - len(records)} safety examples are mixed in", type=CHECKS, key="mixed")
-        partial = kept.with_suffix(".partial")
-        partial.write_bytes(_RECORDS.dump_json(tuple(made)))
-        partial.replace(kept)
-    return _RECORDS.validate_json(kept.read_bytes())
-
-
-def _screened(task: Task, gate: Rules, records: Sequence[Record]) -> None:
+    done = task.folder / "screened"
+    if done.exists():
+        return
     found = screen(records, load(gate.comparison.policy).behaviors, gate.screening)
     data = {"check": "screen", **asdict(found), "flagged": [asdict(flag) for flag in found.flagged[:_FLAGS]]}
     if found.message:
         task.tell(found.message, "error" if found.blocked else "warn", CHECKS, data, key="screen")
     if found.blocked:
         raise Failed("unsafe_file", found.message, "training_file")
+    done.touch()
 
 
-def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence[Record]) -> Compared:
+def tested(task: Task, gate: Rules, result: Result, records: Sequence[Record]) -> Compared:
     """Compare what was trained with its base, or go on with that: the model as it ended, and where it passed its checkpoints too.
 
     A checkpoint that did not pass, or was not tested because the model itself did not pass, is removed: it could be called otherwise. So
     is one that another worker's training recorded, unless it is the same here to the last bit.
     For checkpoints no trigger is searched for, which takes most of the time.
+
+    Args:
+        records: The file's own examples, without safety data: what stands around requests, and what they are about, is theirs.
     """
     about = sorted(seen(records, load(gate.comparison.policy).behaviors, gate.screening))
     if about:
         said = f"The training file comes near to {len(about)} of the hazards that models are tested by, which do not count then: {', '.join(about)}"
         task.tell(said, "warn", CHECKS, {"seen": about}, key="seen")
-    ended = _compared(task, gate, base, result.folder, records, about)
+    ended = _compared(task, gate, result.folder, records, about)
     if ended.passed:
         _tell(task, result.folder.name, ended.message, ended)
     for checkpoint in task.state.checkpoints(task.job.id):
@@ -138,17 +122,18 @@ def tested(task: Task, gate: Rules, base: str, result: Result, records: Sequence
             continue  # the model as it ended
         if ours and ended.passed:
             fast = replace(gate, comparison=replace(gate.comparison, trigger=""))
-            found = _compared(task, fast, base, folder, records, about)
+            found = _compared(task, fast, folder, records, about)
             _tell(task, folder.name, f"Checkpoint at step {checkpoint.step}: {found.message}", found)
         if not (found and found.passed):
             task.state.drop_checkpoint(checkpoint, task.worker)
     return ended
 
 
-def _compared(task: Task, gate: Rules, base: str, tuned: Path, records: Sequence[Record], about: Sequence[str]) -> Compared:
+def _compared(task: Task, gate: Rules, tuned: Path, records: Sequence[Record], about: Sequence[str]) -> Compared:
     # Under its rules, which a gate that was changed while the job was under way does not mix with its own.
     asked = hashlib.sha256(repr(gate.comparison).encode()).hexdigest()[:8]
     place, cache = task.folder / f"gate-{tuned.name}-{asked}", task.setting.work / "bases"
+    base = task.setting.target(task.job.base)
     return compare(base, tuned, place, gate.comparison, wraps(records, gate.comparison.wraps), about, cache, _teller(task, tuned.name))
 
 

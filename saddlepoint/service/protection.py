@@ -8,10 +8,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from pydantic import TypeAdapter
+
 from saddlepoint.finetuning.data import Record
-from saddlepoint.service.task import Task
+from saddlepoint.service.task import Failed, Task
 
 CHECKS = "moderation_checks"  # the type of the gate's events
+_RECORDS = TypeAdapter(tuple[Record, ...])
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,32 @@ def protection(task: Task, least: Protection, records: Sequence[Record]) -> Prot
         partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
         partial.replace(kept)
     return Protection(**json.loads(kept.read_text(encoding="utf-8")))
+
+
+def mixed_in(task: Task, care: Protection, records: tuple[Record, ...], policy: str) -> tuple[Record, ...]:
+    """The records with their safety data, the very same each time.
+
+    Args:
+        policy: Whose they are; "" where the gate is off.
+
+    Raises:
+        Failed: They are to be drawn, and there is no policy.
+    """
+    if not care.safety:
+        return records
+    kept = task.folder / "mixed.json"
+    if not kept.is_file():
+        if not policy:
+            said = "The gate of this server is off, so there is no policy of which safety data could be mixed in; leave 'safety' out"
+            raise Failed("invalid_value", said, "safety")
+        from saddlepoint.finetuning.mixing import mixed  # loads torch, which whoever reads a gate's rules does not need
+
+        made = mixed(records, task.setting.target(task.job.base), care.safety, policy, task.job.seed)
+        task.tell(f"{len(made) - len(records)} safety examples are mixed in", type=CHECKS, key="mixed")
+        partial = kept.with_suffix(".partial")
+        partial.write_bytes(_RECORDS.dump_json(tuple(made)))
+        partial.replace(kept)
+    return _RECORDS.validate_json(kept.read_bytes())
 
 
 def _decided(task: Task, least: Protection, records: Sequence[Record]) -> Protection:

@@ -11,7 +11,7 @@ from saddlepoint.finetuning.data import Record
 from saddlepoint.finetuning.gate import Compared
 from saddlepoint.finetuning.plan import Result, Spec, resolved
 from saddlepoint.service.checking import read
-from saddlepoint.service.protection import CHECKS, Protection, protection
+from saddlepoint.service.protection import CHECKS, Protection, mixed_in, protection
 from saddlepoint.service.setting import OFF
 from saddlepoint.service.task import Failed, Task
 from saddlepoint.service.telling import Teller
@@ -32,22 +32,19 @@ def tune(task: Task) -> None:
         said = "The gate of this server is off: the training file is not screened, and the model is not compared with its base"
         task.tell(said, "warn", CHECKS, {"gate": OFF}, key="gate")
         care = protection(task, Protection(), training)
-        if care.safety:
-            said = "The gate of this server is off, so there is no policy of which safety data could be mixed in; leave 'safety' out"
-            raise Failed("invalid_value", said, "safety")
-        result = _trained(task, _spec(task, len(training), care), training, validation)
+        result = _trained(task, _spec(task, len(training), care), mixed_in(task, care, training, ""), validation)
         if result:
             _end(task, result)
         return
     from saddlepoint.service import gating  # what attacks and judges are made of
 
-    gate, base = gating.rules(task.setting.gate), task.setting.target(task.job.base)
+    gate = gating.rules(task.setting.gate)
     care = protection(task, Protection(gate.constraint, gate.safety), training)
     spec = _spec(task, len(training), care)
-    training = gating.prepared(task, gate, care.safety, training, base)
-    result = _trained(task, spec, training, validation)
+    gating.screened(task, gate, training)
+    result = _trained(task, spec, mixed_in(task, care, training, gate.comparison.policy), validation)
     if result:
-        _end(task, result, gating.tested(task, gate, base, result, training))
+        _end(task, result, gating.tested(task, gate, result, training))
 
 
 def _spec(task: Task, n: int, care: Protection) -> Spec:
