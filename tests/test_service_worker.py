@@ -167,6 +167,7 @@ def test_a_bad_file_ends_its_job_with_the_documented_error(make: Make) -> None:
         "few": place.job(few),
         "broken": place.job(broken),
         "validation": place.job(LESSONS, other),
+        "many": place.job(b'{"messages": [{"role": "usr", "content": "x"}]}\n' * 10_000),
         "format": place.job(LESSONS, method="dpo"),
         "model": place.job(LESSONS, model="ft:tiny:local::gone0000"),
     }
@@ -178,6 +179,8 @@ def test_a_bad_file_ends_its_job_with_the_documented_error(make: Make) -> None:
     assert ("invalid_file_format", "training_file") == (errors["broken"]["code"], errors["broken"]["param"])
     assert "line 13, column" in errors["broken"]["message"] and "line 14, column" in errors["broken"]["message"]
     assert ("invalid_file_format", "validation_file") == (errors["validation"]["code"], errors["validation"]["param"])
+    assert "line 1, column 24: " in errors["many"]["message"] and "9,999 more of this kind" in errors["many"]["message"]
+    assert len(errors["many"]["message"]) < 500 and len(place.messages(jobs["many"])) == 3
     assert "invalid_file_format" == errors["format"]["code"] and "dpo takes: preference" in errors["format"]["message"]
     assert ("model_not_found", "model") == (errors["model"]["code"], errors["model"]["param"])
     assert all(place.now(job).status == "failed" and place.now(job).finished_at and not place.steps(job) for job in jobs.values())
