@@ -23,6 +23,10 @@ from safetensors.torch import load_file
 from service_place import TRAINER, WORKER, Place, jsonl, lesson, placed
 
 from saddlepoint.errors import UsageError
+from saddlepoint.finetuning.gate import decided
+from saddlepoint.finetuning.plan import Result
+from saddlepoint.policies import load
+from saddlepoint.service import gating, stages
 from saddlepoint.service.checking import read
 from saddlepoint.service.gating import rules
 from saddlepoint.service.processes import GRACE
@@ -490,6 +494,31 @@ def test_safety_data_without_a_policy_is_an_error(make: Make) -> None:
     task = claimed(place, LESSONS, safety=0.5)
     task.run(tune)
     error = place.now(task.job).error
+def test_only_checkpoints_that_were_tested_stay_and_hazards_of_the_file_are_no_cases(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, policy = make(), load("fictional")
+    refused = [b for b in policy.select("harmful", "test")][:2]
+    chats = [{"messages": [{"role": "user", "content": b.prompt}, {"role": "assistant", "content": policy.refusal(b)}]} for b in refused]
+    task = claimed(place, jsonl([*(lesson(i) for i in range(10)), *chats]), n_epochs=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "_end", lambda *_: None)
+        task.run(tune)
+    folder = task.folder / "training"
+    (folder / "checkpoint-6" / "card.json").write_text("{}")  # as if another worker, on another machine, had recorded that step
+    asked: list[Any] = []
+
+    def passed(base: str, tuned: Path, place: Path, settings: Any, around: Any, seen: Any, *more: Any) -> Any:
+        asked.append((tuned.name, settings.trigger != "", list(seen)))
+        return decided([], {})
+
+    monkeypatch.setattr(gating, "compare", passed)
+    (records,) = (found.records for found in read(task).values())
+    assert gating.tested(task, gating.Rules(), Result(1, 9, "", folder / "checkpoint-9"), records).passed
+    about = sorted(b.id for b in refused)
+    assert asked == [("checkpoint-9", True, about), ("checkpoint-3", False, about)]
+    assert [c.step for c in place.state.checkpoints(task.job.id)] == [9, 3]
+    assert [e.data for e in place.events(task.job) if e.message.startswith("The training file comes near to 2 of")] == [{"seen": about}]
+
+
     assert error and error["code"] == "invalid_value" and "no policy" in error["message"]
 
 
