@@ -27,7 +27,7 @@ from saddlepoint.finetuning.gate import decided
 from saddlepoint.finetuning.plan import Result
 from saddlepoint.policies import load
 from saddlepoint.service import gating, stages
-from saddlepoint.service.checking import read
+from saddlepoint.service.checking import read, validate
 from saddlepoint.service.gating import rules
 from saddlepoint.service.processes import GRACE
 from saddlepoint.service.protection import Protection, mixed_in, protection
@@ -184,10 +184,32 @@ def test_a_bad_file_ends_its_job_with_the_documented_error(make: Make) -> None:
     assert "line 13, column" in errors["broken"]["message"] and "line 14, column" in errors["broken"]["message"]
     assert ("invalid_file_format", "validation_file") == (errors["validation"]["code"], errors["validation"]["param"])
     assert "line 1, column 24: " in errors["many"]["message"] and "9,999 more of this kind" in errors["many"]["message"]
-    assert len(errors["many"]["message"]) < 500 and len(place.messages(jobs["many"])) == 3
+    assert len(errors["many"]["message"]) < 500 and len(place.messages(jobs["many"])) == 4
+    (each,) = [event.data for event in place.events(jobs["broken"]) if event.data]
+    assert each["of"] == len(each["mistakes"]) and [m["line"] for m in each["mistakes"]] == [13, 13, 14]
+    assert each["mistakes"][0].keys() == {"line", "column", "code", "message"}
+    (most,) = [event.data for event in place.events(jobs["many"]) if event.data]
+    assert most["of"] == 20_000 and len(most["mistakes"]) == 200
     assert "invalid_file_format" == errors["format"]["code"] and "dpo takes: preference" in errors["format"]["message"]
     assert ("model_not_found", "model") == (errors["model"]["code"], errors["model"]["param"])
     assert all(place.now(job).status == "failed" and place.now(job).finished_at and not place.steps(job) for job in jobs.values())
+
+
+def test_what_is_odd_and_what_stands_twice_is_told_before_a_job_is_queued(make: Make) -> None:
+    place = make()
+    odd = {"messages": [*lesson(20)["messages"], {"role": "user", "content": "And then?"}]}
+    job = place.job(jsonl([*(lesson(i) for i in range(12)), lesson(3), odd]), jsonl([lesson(5)]))
+    found = place.state.claim("w", 60)
+    assert found
+    setting = Setting("", "", place.folder / "work")
+    Task(found, "w", setting, place.state, place.blobs, threading.Event(), threading.Event()).run(validate)
+    assert place.now(job).status == "queued"
+    told = {key: event.data[key] for event in place.events(job) for key in ("warnings", "pairs") if event.data and key in event.data}
+    (twice, leaked) = [event for event in place.events(job) if event.data and "pairs" in event.data]
+    assert (14, "last_not_assistant") in [(w["line"], w["code"]) for w in told["warnings"]]
+    assert (13, 4, "same") in [(p["line"], p["other"], p["kind"]) for p in twice.data["pairs"]]  # type: ignore[index]
+    assert [(p["line"], p["other"], p["kind"]) for p in leaked.data["pairs"]] == [(1, 6, "same")]  # type: ignore[index]
+    assert "Training file: " in twice.message and "Validation file: 1 example(s) are like one of the training file" in leaked.message
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
@@ -489,11 +511,6 @@ def test_a_job_is_protected_as_it_asks_or_as_the_gate_wants_and_goes_on_so_under
         assert card["training"]["constraint"] is True and bool(card["trained_on"]) == bool(safety)
 
 
-def test_safety_data_without_a_policy_is_an_error(make: Make) -> None:
-    place = make()
-    task = claimed(place, LESSONS, safety=0.5)
-    task.run(tune)
-    error = place.now(task.job).error
 def test_only_checkpoints_that_were_tested_stay_and_hazards_of_the_file_are_no_cases(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     place, policy = make(), load("fictional")
     refused = [b for b in policy.select("harmful", "test")][:2]
@@ -519,6 +536,11 @@ def test_only_checkpoints_that_were_tested_stay_and_hazards_of_the_file_are_no_c
     assert [e.data for e in place.events(task.job) if e.message.startswith("The training file comes near to 2 of")] == [{"seen": about}]
 
 
+def test_safety_data_without_a_policy_is_an_error(make: Make) -> None:
+    place = make()
+    task = claimed(place, LESSONS, safety=0.5)
+    task.run(tune)
+    error = place.now(task.job).error
     assert error and error["code"] == "invalid_value" and "no policy" in error["message"]
 
 

@@ -1,6 +1,8 @@
 """The files of a job: read, checked, and what is wrong with them said in the words of OpenAI's service."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from saddlepoint.errors import StoreError
 from saddlepoint.finetuning.data import LEAST, Checked, Format, Mistake, Record, check
@@ -14,6 +16,7 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
     "reinforcement": ("reinforcement",),
 }
 SHOWN = 5  # kinds of mistakes that a message lists
+TOLD = 200  # mistakes, warnings or pairs that an event holds
 
 
 def validate(task: Task) -> None:
@@ -26,9 +29,9 @@ def validate(task: Task) -> None:
     for name, found in files.items():
         if found.warnings:
             said = f"{name}: {_summed(found.warnings)}"
-            task.tell(said, "warn", key=f"warnings {name}")
-    for said in _alike(*(found.records for found in files.values())):
-        task.tell(said, "warn", key=said)
+            task.tell(said, "warn", data=_listed("warnings", found.warnings), key=f"warnings {name}")
+    for said, pairs in _alike(*(found.records for found in files.values())):
+        task.tell(said, "warn", data=_listed("pairs", pairs), key=said)
     task.state.validated(task.job.id, task.worker)
 
 
@@ -62,6 +65,8 @@ def _file(task: Task, id: str, name: str, param: str, allowed: tuple[Format, ...
     mistakes = [m for m in found.mistakes if m.code != "invalid_n_examples"]
     if mistakes:
         lines = len({m.line for m in mistakes})
+        said = f"{name}: its mistakes one by one, up to {TOLD}, are the data of this event"
+        task.tell(said, "error", data=_listed("mistakes", mistakes), key=f"mistakes {name}")
         raise Failed("invalid_file_format", f"{name} has {len(mistakes)} mistake(s) in {lines} line(s): {_summed(mistakes)}", param)
     if found.mistakes:
         raise Failed("invalid_n_examples", f"{name} has {found.examples} example(s), but must have at least {least} examples", param)
@@ -75,16 +80,21 @@ def _summed(found: Sequence[Mistake]) -> str:
     return shown + (f"; and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else "")
 
 
+def _listed(what: str, found: Sequence[Mistake] | Sequence[Pair]) -> dict[str, Any]:
+    """The data of an event: the first of them, and how many there are."""
+    return {what: [asdict(one) for one in found[:TOLD]], "of": len(found)}
+
+
 def _more(n: int) -> str:
     return f" (and {n - 1:,} more of this kind)" if n > 1 else ""
 
 
-def _alike(training: Sequence[Record], validation: Sequence[Record] = ()) -> Iterator[str]:
-    """What to say of examples that stand there twice."""
+def _alike(training: Sequence[Record], validation: Sequence[Record] = ()) -> Iterator[tuple[str, Sequence[Pair]]]:
+    """What to say of examples that stand there twice, and which they are."""
     if pairs := duplicates(training):
-        yield f"Training file: {len(pairs)} example(s) are like an earlier one: {_pairs(pairs, 'line')}"
+        yield f"Training file: {len(pairs)} example(s) are like an earlier one: {_pairs(pairs, 'line')}", pairs
     if pairs := leaks(training, validation):
-        yield f"Validation file: {len(pairs)} example(s) are like one of the training file: {_pairs(pairs, 'its line')}"
+        yield f"Validation file: {len(pairs)} example(s) are like one of the training file: {_pairs(pairs, 'its line')}", pairs
 
 
 def _pairs(pairs: Sequence[Pair], other: str) -> str:
