@@ -311,7 +311,12 @@ def test_blobs_are_dropped_with_the_last_that_needs_them(state: State, dropped: 
         state.files.delete(second.id)
     for step in range(1, 6):
         state.checkpoint(made.id, step, {}, {"config": shared, "weights": str(step) * 64}, worker="w")
-        state.checkpoint(made.id, step, {}, {"config": shared, "weights": "9" * 64}, worker="w")  # told again: nothing new
+        state.checkpoint(made.id, step, {}, {"config": shared, "weights": str(step) * 64}, worker="w")  # told again: nothing new
+    state.checkpoint(made.id, 4, {"loss": 1}, {"config": "7" * 64, "weights": "9" * 64}, worker="w")  # by one that began anew
+    state.checkpoint(made.id, 4, {"loss": 2}, {"config": "7" * 64, "weights": "4" * 64}, worker="w")  # and again: what both have stays
+    state.checkpoint(made.id, 4, {"loss": 2}, {"config": shared, "weights": "4" * 64}, worker="w")
+    assert dropped[2:] == ["4" * 64, "9" * 64, "7" * 64] and state.checkpoints(made.id)[1].metrics == {"loss": 2}
+    del dropped[2:]
     assert [c.step for c in state.checkpoints(made.id)] == [5, 4, 3] and sorted(dropped) == ["1" * 64, "2" * 64]
     state.finish(made.id, "succeeded", worker="w", manifest={"config": shared, "weights": own})
     assert state.files.delete(second.id) and not state.files.delete(second.id) and shared not in dropped

@@ -12,6 +12,7 @@ A worker claims a job with a lease, renews it with `beat`, and writes under it; 
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 from sqlalchemy import Engine, Row, delete, exists, func, insert, or_, select, update
@@ -280,7 +281,9 @@ class State:
                 life.tell(db, job, message, level, type, data, key)
 
     def checkpoint(self, job: str, step: int, metrics: Mapping[str, Any], manifest: Manifest, *, worker: str = "") -> Checkpoint:
-        """Record a checkpoint whose blobs were put; put them again afterwards. The last three are kept. A step is recorded once.
+        """Record a checkpoint whose blobs were put; put them again afterwards. The last three are kept.
+
+        A step is recorded once; where a worker that began anew has other files of it, these take the place of the first ones.
 
         Args:
             worker: Who holds the job; "" does not ask.
@@ -292,7 +295,13 @@ class State:
         with writing(self._engine, alone=True) as db:
             record = life.mine(db, job, worker) if worker else life.locked(db, job)
             if found := first(Checkpoint, db, select(CHECKPOINT).where(CHECKPOINT.c.job == job, CHECKPOINT.c.step == step)):
-                return found
+                if found.manifest != manifest:
+                    use(db, name := f"{found.id} anew", record.owner, blobs)  # what both have is not dropped in between
+                    disuse(db, found.id, self._drop)
+                    use(db, found.id, record.owner, blobs)
+                    disuse(db, name, self._drop)
+                    db.execute(update(CHECKPOINT).where(CHECKPOINT.c.id == found.id).values(manifest=manifest, metrics=metrics))
+                return replace(found, manifest=manifest, metrics=metrics)
             name = f"{record.name}:ckpt-step-{step}"
             made = Checkpoint(fresh("ftckpt_"), job, int(time.time()), step, name, metrics, manifest)
             add(db, CHECKPOINT, made)
