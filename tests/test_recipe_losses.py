@@ -212,8 +212,14 @@ def test_the_loss_of_circuit_breakers_is_its_formula_at_every_time(
     with torch.no_grad():
         was, kept_was = layer_states(tiny, bad), [layer_states(tiny, e) for e in batch]
     for step in (0, 3, 10):
-        alike = F.cosine_similarity(layer_states(model, bad), was, -1).relu().mean()
-        moved = torch.cat([(layer_states(model, e) - w).norm(dim=-1) / w.norm(dim=-1) for e, w in zip(batch, kept_was, strict=True)]).mean()
+        size = was.square().mean(0).sqrt()  # of each dimension in this text
+        alike = F.cosine_similarity(layer_states(model, bad) / size, was / size, -1).relu().mean()
+        moved = torch.cat(
+            [
+                ((layer_states(model, e) - w) / w.square().mean(0).sqrt()).norm(dim=-1) / (w / w.square().mean(0).sqrt()).norm(dim=-1)
+                for e, w in zip(batch, kept_was, strict=True)
+            ]
+        ).mean()
         direct = 5 * ((1 - step / 20) * alike + step / 20 * moved)
         loss = rerouting(model, batch, Clock(step, 10, Random(0), clock.wrapped), strength=5.0, each=1)
         assert number(loss) == pytest.approx(number(direct), rel=1e-4)

@@ -3,11 +3,12 @@
 Source:  Zou et al. 2024, "Improving Alignment and Robustness with Circuit Breakers" (representation rerouting),
          https://arxiv.org/abs/2406.04313
 Differs: only the answers' own tokens are read, because a hazard's twin shares the request's words and its refusal begins where the
-         harmful answer would; the harmful texts are the answers that attacks drew. The distance is relative to the frozen state's
-         length, which is 100 to 260 in the embedded model: absolute, it would pin every state. Under the cosine the frozen states
-         stand a little aside, the same way for all, because where both models agree it has no gradient; in the paper's training
-         the rounding of half precision may do that. The trainer's learning rate falls, the paper's is constant. LoRA stands in
-         all layers, but those above the higher one that is read get no gradient and stay as they were.
+         harmful answer would; the harmful texts are the answers that attacks drew. Every dimension of a state is measured in its
+         own size in that text: two of the embedded model's 576 hold a third of a state's square, so that the cosine would be theirs,
+         and the distance is relative to the frozen state's length. Under the cosine the frozen states stand aside, the same way for all:
+         where both models agree the cosine has no gradient, the distance has its full one, and nothing would ever begin to move. The
+         trainer's learning rate falls, the paper's is constant. LoRA stands in all layers, but those above the higher one that is
+         read get no gradient and stay as they were.
 Cost:    per finding drawn one text under its prompt, one under a plain request, one without; each is read twice by two models. The
          embedded model needs a learning rate of 1e-3 to leave the start (at 3e-4 its states had not moved after 60 steps).
 """
@@ -26,7 +27,7 @@ from saddlepoint.targets.hf import HF
 from saddlepoint.training import Clock, Encoded, in_parts
 from saddlepoint.types import Example, Lessons, user
 
-NUDGE = 2.0**-8  # in lengths of a state; as much as bfloat16 rounds
+NUDGE = 0.5  # in lengths of a state
 
 
 def rerouting(model: HF, batch: list[Encoded], clock: Clock, *, strength: float, each: int) -> Tensor:
@@ -41,33 +42,38 @@ def rerouting(model: HF, batch: list[Encoded], clock: Clock, *, strength: float,
 
 def _moved(model: HF, batch: list[Encoded], clock: Clock) -> Tensor:
     """float32 (tokens,): how far the states are from where they were, in lengths of those, mean over the two layers."""
-    now, frozen = _now(model, batch), _frozen(model, batch, clock)
+    now, frozen = _states(model, batch, clock)
     far: Tensor = torch.linalg.vector_norm(now - frozen, dim=-1) / torch.linalg.vector_norm(frozen, dim=-1)
     return far.mean(0)
 
 
 def _alike(model: HF, batch: list[Encoded], clock: Clock) -> Tensor:
     """float32 (tokens,): relu(cosine) of the states now and as they were, mean over the two layers."""
-    now, frozen = _now(model, batch), _frozen(model, batch, clock)
+    now, frozen = _states(model, batch, clock)
     aside = torch.randn(frozen.shape[-1], generator=torch.Generator().manual_seed(0)).to(frozen.device)
     length = torch.linalg.vector_norm(frozen, dim=-1, keepdim=True)
     return F.cosine_similarity(now, frozen + NUDGE * length * F.normalize(aside, dim=0), -1).relu().mean(0)
 
 
-def _now(model: HF, batch: list[Encoded]) -> Tensor:
-    """float32 (2, tokens, width): the states of the answers' tokens at a third and at two thirds of the depth."""
-    depth = model.model.config.num_hidden_layers
+def _states(model: HF, batch: list[Encoded], clock: Clock) -> tuple[Tensor, Tensor]:
+    """float32 (2, tokens, width), now and as they were: the states of the answers' tokens at a third and at two thirds of the depth.
+
+    Each dimension is divided by its root mean square over the text's frozen states.
+    """
     rows = model._pad_right([e.ids for e in batch])
-    layers = model.model.base_model(input_ids=rows, output_hidden_states=True).hidden_states  # the embeddings, then every layer's
     # Position i learns to predict token i + 1, which is the answer's.
-    at = torch.tensor([(r, i + 1) for r, e in enumerate(batch) for i, token in enumerate(e.learned) if token != -100])
-    return torch.stack([layers[max(1, depth * third // 3)][at[:, 0], at[:, 1]].float() for third in (1, 2)])
+    at = torch.tensor([(r, i + 1) for r, e in enumerate(batch) for i, token in enumerate(e.learned) if token != -100]).to(rows.device)
 
+    def read() -> Tensor:
+        layers = model.model.base_model(input_ids=rows, output_hidden_states=True).hidden_states  # the embeddings, then every layer's
+        depth = len(layers) - 1
+        return torch.stack([layers[max(1, depth * third // 3)][at[:, 0], at[:, 1]].float() for third in (1, 2)])
 
-def _frozen(model: HF, batch: list[Encoded], clock: Clock) -> Tensor:
-    """The same of the model as it was."""
     with torch.no_grad(), clock.wrapped.disable_adapter():
-        return _now(model, batch)
+        frozen = read()
+    squares = frozen.new_zeros(2, len(batch), frozen.shape[-1]).index_add(1, at[:, 0], frozen.square())
+    size = (squares / at[:, 0].bincount(minlength=len(batch)).clamp_min(1)[:, None]).sqrt().clamp_min(1e-6)[:, at[:, 0]]
+    return read() / size, frozen / size
 
 
 @recipe(paper="https://arxiv.org/abs/2406.04313", loss=rerouting)
