@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
+from saddlepoint.defenses.demonstration.goal_priority import GoalPriority
 from saddlepoint.defenses.demonstration.self_reminder import AFTER, BEFORE, SelfReminder
+from saddlepoint.defenses.detection.classifier_guard import ClassifierGuard
 from saddlepoint.defenses.detection.perplexity_filter import PerplexityFilter
-from saddlepoint.types import WhiteBox, user
+from saddlepoint.types import Query, WhiteBox, user
 
 torch = pytest.importorskip("torch")
 from saddlepoint.attacks._gradient import row, rows, slots  # noqa: E402
 from saddlepoint.defenses._adaptive import Adaptive  # noqa: E402
 
 if TYPE_CHECKING:
+    from saddlepoint.targets.classifier import Classifier
     from saddlepoint.targets.hf import HF
 
 REQUEST = user("How do I make green tea?", "You are a helpful assistant.")
@@ -106,3 +110,38 @@ def test_rows_of_no_known_frame_are_left_alone(tiny: HF) -> None:
     assert seen.loss([other], 2).tolist() == tiny.loss([other], 2).tolist()
     moved = replace(frame, before=frame.before.flip(0))
     assert seen.loss([row(moved, frame.control)], 3).tolist() == tiny.loss([row(moved, frame.control)], 3).tolist()
+
+
+def test_a_guard_behind_a_reminder_grades_what_it_is_shown(tiny: HF) -> None:
+    guard = PerplexityFilter(tiny, tiny, threshold=0.0)
+    seen = Adaptive(SelfReminder(guard), tiny)
+    frame = seen.frame(REQUEST, CONTROL, WANTED)
+    asked = [row(frame, frame.control)]
+    shown = f"{BEFORE}\n{REQUEST[1].text} {tiny.text(frame.control).lstrip()}\n{AFTER}"
+
+    added = seen.loss(asked, len(frame.affirmative)) - tiny.loss(asked, len(frame.affirmative))
+    assert added.tolist() == pytest.approx(guard.scores([shown]), abs=1e-4)
+
+
+def test_the_loss_counts_by_how_much_a_classifier_stops_a_request(tiny: HF, tiny_classifier: Classifier) -> None:
+    (logprob,) = tiny_classifier.logprobs([(user(f"{REQUEST[1].text} {CONTROL}"), tiny_classifier.labels[0])])
+    passes = float(logprob.exp())
+    for threshold in (0.01, 0.99):
+        guard = ClassifierGuard(tiny, tiny_classifier, threshold)
+        seen = Adaptive(guard, tiny)
+        frame = seen.frame(REQUEST, CONTROL, WANTED)
+        asked = [row(frame, frame.control)]
+        excess = max(0.0, math.log((1 - passes) / passes) - math.log(threshold / (1 - threshold)))
+
+        assert (seen.loss(asked, len(frame.affirmative)) - tiny.loss(asked, len(frame.affirmative))).tolist() == pytest.approx(
+            [excess], abs=1e-3
+        )
+        assert (excess > 0) is (threshold == 0.01)
+
+
+def test_a_frame_holds_what_goal_priority_puts_around_a_request(tiny: HF) -> None:
+    stack = GoalPriority(tiny)
+    frame = Adaptive(stack, tiny).frame(REQUEST, CONTROL, WANTED)
+    asked = stack.wrapped(Query((REQUEST[0], replace(REQUEST[1], text=f"{REQUEST[1].text} {CONTROL}")))).chat
+
+    assert tiny.text(torch.cat([frame.before, frame.control, frame.after])) == tiny.render(asked)

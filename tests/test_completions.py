@@ -18,6 +18,7 @@ from test_serve import FOX, KEY, TEA, TOOL, ask, running, status
 
 from saddlepoint.defenses.detection.perplexity_filter import PerplexityFilter
 from saddlepoint.defenses.perturbation.smooth_llm import SmoothLlm
+from saddlepoint.defenses.response.window_check import WindowCheck
 from saddlepoint.service.app import Service
 from saddlepoint.service.chat import Served
 from saddlepoint.service.gate import Keys
@@ -126,6 +127,21 @@ def test_echo_and_logprobs_score_a_prompt(client: Any, tiny: "HF") -> None:
     assert both.logprobs.text_offset[-len(later.logprobs.text_offset) :] == later.logprobs.text_offset and later.logprobs.text_offset[
         0
     ] == len(text)
+
+
+def test_what_defenses_do_not_see_of_a_prompt_is_not_told(client: Any) -> None:
+    for more in ({"max_tokens": 0}, {"max_tokens": 4}, {"max_tokens": 4, "stream": True}):
+        with pytest.raises(openai.BadRequestError, match="stands behind defenses") as wrong:
+            client.completions.create(model="guarded", prompt="the fox", echo=True, logprobs=5, **more)
+        assert wrong.value.param == "logprobs"
+    assert client.completions.create(model="tiny", prompt="the fox", echo=True, logprobs=5, max_tokens=0).choices
+
+
+def test_a_guard_of_answers_reads_the_text_that_is_gone_on_with(tiny: "HF") -> None:
+    asked = Query((Message("user", "the secret word is tea and the"),), Sampling(1), bare=True)
+    for pattern, withheld in (("secret word", True), ("another word", False)):
+        (answer,) = WindowCheck(tiny, patterns=(pattern,), classifier="").generate([asked])  # type: ignore[arg-type]
+        assert (answer.finish == "filter") is withheld
 
 
 def test_offsets_are_right_where_characters_are_cut_into_tokens(client: Any) -> None:

@@ -173,6 +173,18 @@ def test_all_versions_of_all_requests_are_classified_in_one_call() -> None:
     assert calls == [20]
 
 
+def test_a_request_in_an_earlier_message_or_cut_into_two_does_not_pass() -> None:
+    asked, go_on = Message("user", "bad thing"), Message("user", "go on")
+    answered = (asked, Message("assistant", "Yes?"), go_on)
+    cut = (Message("user", "bad"), Message("system", ""), Message("user", "thing"))
+    tool = (go_on, Message("tool", "bad thing"))
+    fine_talk = (go_on, Message("assistant", "bad thing"), go_on)
+    guard = exact("bad thing", "bad\nthing", "go on\nbad thing")
+    for stack in (ClassifierGuard(fine(), guard), EraseAndCheck(fine(), guard)):
+        found = [c.finish for c in stack.generate([Query(c) for c in (answered, cut, tool, fine_talk)])]
+        assert found == ["filter", "filter", "filter", "stop"]
+
+
 # ---- hidden text ----------------------------------------------------------------------------------------------------
 
 

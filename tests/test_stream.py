@@ -364,3 +364,15 @@ def test_the_guard_reads_while_the_model_does_and_its_verdict_comes_first(tiny: 
     pieces, told = said_by(guarded, "a bomb")
     assert [REFUSED] == [p.text for p in pieces] and told[0].withheld
     assert all(name.startswith("guards") for name in seen) and rested(tiny)
+
+
+def test_nothing_is_held_for_a_person_of_a_request_that_is_not_admitted(tiny: "HF") -> None:
+    held: list[str] = []
+
+    class Holds(Secrets):
+        def released(self, queries: Sequence[Query], completions: Sequence[Completion]) -> list[Check]:
+            held.extend(c.text for c in completions)
+            return Secrets.released(self, queries, completions)
+
+    pieces, told = said_by(Words(Holds(tiny, every=0)), "a bomb")
+    assert [REFUSED] == [p.text for p in pieces] and [s.direction for s in told] == ["input"] and not held and rested(tiny)

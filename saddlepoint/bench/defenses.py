@@ -108,7 +108,7 @@ def bench(settings: Settings, out: Path, say: Callable[[str], None], listen: Lis
 def _config(settings: Settings, defense: str) -> Config:
     calls = parse("defense", defense) if defense else []
     adaptive = dict.fromkeys(a.strip() for call in calls for a in re.split(r",\s*(?![^()]*\))", KNOWN.get(call.name, "")) if a.strip())
-    seen = any(c.method.family in ("demonstration", "generation") or hasattr(c.method.call, "slope") for c in calls) or not calls
+    seen = any(c.method.family in ("demonstration", "generation") or hasattr(c.method.call, "excess") for c in calls) or not calls
     attacks = [settings.attacks, *adaptive, *([settings.weights] if settings.weights and seen else [])]
     return Config(
         kind="attack",

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saddlepoint.defenses._stack import layers
+from saddlepoint.defenses._stack import layers, request
+from saddlepoint.defenses.demonstration.goal_priority import GoalPriority
 from saddlepoint.types import CONTROL, Chat, Engaged, Frame, Graded, Place, Query, Reduce, Rewriter, Sloped, Target, WhiteBox
 
 WEIGHT = 1.0  # of each guard's excess in the loss, both in nats
@@ -22,11 +23,10 @@ WEIGHT = 1.0  # of each guard's excess in the loss, both in nats
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a control stands: in a frame, and in the text that the guards read."""
+    """Where a control stands: in a frame, and in the request as each guard that grades it reads it, (before, after) the control."""
 
     frame: Frame
-    before: str
-    after: str
+    read: tuple[tuple[str, str], ...]
 
 
 class Adaptive:
@@ -50,13 +50,18 @@ class Adaptive:
         gap = " " if text else ""
         marked = f"{text}{gap}{CONTROL}" if place == "suffix" else f"{CONTROL}{gap}{text}"
         query = Query((*chat[:last], replace(chat[last], text=marked), *chat[last + 1 :]))
+        read = []
         for layer in self._layers:
-            if isinstance(layer, Rewriter) and getattr(type(layer), "__saddlepoint__").family == "demonstration":  # noqa: B009
+            if isinstance(layer, Graded):
+                before, after = request(query.chat).split(CONTROL)
+                read.append((before, after))
+            elif isinstance(layer, GoalPriority):
+                query = layer.wrapped(query)
+            elif isinstance(layer, Rewriter) and getattr(type(layer), "__saddlepoint__").family == "demonstration":  # noqa: B009
                 ((query, _),) = layer.rewritten([query])
         frame = self.model.frame(query.chat, control, affirmative, place)
         if self._graded:
-            before, after = marked.split(CONTROL)
-            self._places.append(_Place(frame, before, after))
+            self._places.append(_Place(frame, tuple(read)))
         return frame
 
     def loss(
@@ -70,8 +75,8 @@ class Adaptive:
         if not cut or len(cut) < len(rows):
             return found  # a screen, or no control in its frame: how likely a text is by itself, for one
         controls = [self.model.text(row[len(p.frame.before) : end]).lstrip() for row, (p, end) in zip(rows, cut, strict=True)]
-        texts = [p.before + control + p.after for control, (p, _) in zip(controls, cut, strict=True)]
-        for guard in self._graded:
+        for k, guard in enumerate(self._graded):
+            texts = [p.read[k][0] + control + p.read[k][1] for control, (p, _) in zip(controls, cut, strict=True)]
             found = found + WEIGHT * torch.tensor(guard.excess(texts)).clamp(min=0).to(found)
         return found
 
@@ -84,9 +89,9 @@ class Adaptive:
             return found
         place, end = cut
         control = row[len(place.frame.before) : end]
-        for guard in self._graded:
-            if isinstance(guard, Sloped) and guard.excess([place.before + self.model.text(control).lstrip() + place.after])[0] > 0:
-                slope = guard.slope(place.before, control, place.after)  # (L, vocabulary)
+        for guard, (before, after) in zip(self._graded, place.read, strict=True):
+            if isinstance(guard, Sloped) and guard.excess([before + self.model.text(control).lstrip() + after])[0] > 0:
+                slope = guard.slope(before, control, after)  # (L, vocabulary)
                 first = at.start - len(place.frame.before)
                 if slope is not None and slope.shape[1] == found.shape[1] and 0 <= first and first + len(found) <= len(slope):
                     found = found + WEIGHT * slope[first : first + len(found)].to(found)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from saddlepoint.types import Chat, Check, Completion, Defense, InputGuard, OutputGuard, Query, Rewriter, Target
 
@@ -60,6 +61,15 @@ def layers(target: Target) -> Iterator[Target]:
 def request(chat: Chat) -> str:
     """The text of the last user message; "" where there is none."""
     return next((m.text for m in reversed(chat) if m.role == "user"), "")
+
+
+def turns(chat: Chat) -> list[str]:
+    """What was written between one answer and the next: the texts of users and tools that follow one another, by lines; [""] where none is.
+
+    A guard reads them all: whoever sends a chat can put a request into an earlier message, or cut it into two.
+    """
+    runs = groupby((m for m in chat if m.role != "system"), lambda m: m.role in ("user", "tool"))
+    return ["\n".join(m.text for m in run) for written, run in runs if written] or [""]
 
 
 def with_request(chat: Chat, text: str, ids: tuple[int, ...] = ()) -> Chat:

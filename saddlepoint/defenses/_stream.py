@@ -70,9 +70,10 @@ def _admitted(
     guard: InputGuard, query: Query, tell: Callable[[Said], None], only_told: Sequence[Direction]
 ) -> Generator[Completion, None, None]:
     # Where the model is on this machine it reads the request while the guard does, and its first piece waits for the verdict;
-    # elsewhere nothing leaves before the verdict.
-    *_, bare = layers(guard)
-    beside = isinstance(bare, WhiteBox) and isinstance(bare, Streaming)
+    # elsewhere nothing leaves before the verdict. Nor does the model begin where its first piece would cost a whole window or answer,
+    # which other models, or a person, would be asked about.
+    *between, bare = layers(guard)
+    beside = isinstance(bare, WhiteBox) and isinstance(bare, Streaming) and all(isinstance(d, InputGuard | Rewriter) for d in between)
     pending = _aside().submit(guard.admitted, [query]) if beside else None
     with closing(stream(guard.inner, query, tell, only_told)) as inner:
         first = [next(inner)] if beside else []

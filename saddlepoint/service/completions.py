@@ -116,6 +116,10 @@ def begin(request: CompletionRequest, served: Served) -> tuple[list[Query], "Tex
     model = weights(served, "a text without a chat")
     bent = Shaping(biases(request.logit_bias), request.presence_penalty or 0.0, request.frequency_penalty or 0.0)
     checked(bent, served.target, "logit_bias")
+    if request.echo and request.logprobs is not None and served.guards:
+        # What a model holds to be likely behind each token of a text is an answer to it, which no defense would see.
+        said = f"'{served.name}' stands behind defenses, and the log-probabilities of a prompt are the bare model's; leave 'echo' or 'logprobs' out"
+        raise ApiError(400, said, "unsupported_parameter", "logprobs")
     most = 16 if request.max_tokens is None else request.max_tokens
     draws = sampling(request, most, max(1, request.logprobs or 0) if request.as_chat.logprobs else 0, request.tries)
     prompts = [Prompt.of(prompt, model, request) for prompt in request.prompts]

@@ -56,9 +56,10 @@ class GoalPriority:
         return f"goal_priority({self.inner.name})"
 
     def generate(self, queries: Sequence[Query]) -> list[Completion]:
-        return [self._given_out(answer) for answer in self.inner.generate([self._wrapped(q) for q in queries])]
+        return [self._given_out(answer) for answer in self.inner.generate([self.wrapped(q) for q in queries])]
 
-    def _wrapped(self, query: Query) -> Query:
+    def wrapped(self, query: Query) -> Query:
+        """What is asked in a query's place."""
         # Joined, never formatted: a request may hold braces.
         shown = [self._example(*example) for example in EXAMPLES]
         rule = f"{PRIORITY} {THINK}" if self.thoughts else PRIORITY

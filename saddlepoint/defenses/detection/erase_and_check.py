@@ -3,8 +3,9 @@
 Source:  Kumar et al. 2023, "Certifying LLM Safety against Adversarial Prompting", https://arxiv.org/abs/2309.02705
 Differs: words are erased, not tokens, so that the certificate holds for any classifier, whatever its tokenizer does at the border
          of what was added; every version is checked, however short, and so is the request as it stands; one block may be inserted.
-         A request with more than `most` versions does not pass, which keeps the certificate.
-Cost:    classifier passes per request of n words: max_erase + 1 (suffix), about n * max_erase (insertion), or the number of ways to
+         Every turn of a chat that users and tools wrote is checked so, for an earlier one can hold the request. A request with more
+         than `most` versions does not pass, which keeps the certificate.
+Cost:    classifier passes per turn of n words: max_erase + 1 (suffix), about n * max_erase (insertion), or the number of ways to
          choose up to max_erase of n words (infusion, for which max_erase must be 1 to 3); times `share`.
 """
 
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from saddlepoint.defenses._stack import admit, request
+from saddlepoint.defenses._stack import admit, turns
 from saddlepoint.defenses.detection._guard import classifying, unsafe
 from saddlepoint.defenses.perturbation._vote import seeded
 from saddlepoint.registry import defense
@@ -67,7 +68,7 @@ class EraseAndCheck:
         return admit(self, queries)
 
     def admitted(self, queries: Sequence[Query]) -> list[Check]:
-        versions = [self._versions(request(q.chat)) for q in queries]
+        versions = [self._versions(turns(q.chat)) for q in queries]
         scores = iter(unsafe(self.guard, [text for texts in versions for text in texts]))
         checks = []
         for texts in versions:
@@ -83,13 +84,16 @@ class EraseAndCheck:
             checks.append(Check(said, sum(tokens for _, tokens, _ in found)))
         return checks
 
-    def _versions(self, text: str) -> list[str]:
-        """What the classifier is shown of a request; none where it would be too many."""
-        every = list(islice(erased(text, self.mode, self.max_erase), self.most + 1))
-        if len(every) > self.most:
-            return []
-        rng = seeded(self.seed, text)
-        return [text, *(version for version in dict.fromkeys(every) if self.share == 1 or rng.random() < self.share)]
+    def _versions(self, texts: Sequence[str]) -> list[str]:
+        """What the classifier is shown of a request's turns; none where it would be too many."""
+        shown: list[str] = []
+        for text in texts:
+            every = list(islice(erased(text, self.mode, self.max_erase), self.most + 1))
+            rng = seeded(self.seed, text)
+            shown += [text, *(version for version in dict.fromkeys(every) if self.share == 1 or rng.random() < self.share)]
+            if len(every) > self.most or len(shown) > self.most + 1:
+                return []
+        return shown
 
 
 def erased(text: str, mode: Mode, max_erase: int) -> Iterator[str]:

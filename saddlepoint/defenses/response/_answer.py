@@ -7,8 +7,11 @@ from saddlepoint.types import Check, Completion, Query, Target
 
 
 def shown(query: Query, completion: Completion) -> str:
-    """The answer as its reader sees it: with the prefill that it goes on from."""
-    begun = query.chat[-1].text if query.chat and query.chat[-1].role == "assistant" else ""
+    """The answer as its reader sees it: with the prefill, or the text under no template, that it goes on from.
+
+    Without it, who asks for one token after another would be shown an answer of which no check saw more than a word.
+    """
+    begun = query.chat[-1].text if query.chat and (query.bare or query.chat[-1].role == "assistant") else ""
     return begun + completion.text
 
 
