@@ -127,12 +127,12 @@ def test_with_everything_blocked_the_target_is_not_asked(tiny: "HF") -> None:
     assert not inner.asked and PerplexityFilter(inner, tiny, threshold=9.0).generate([]) == []
 
 
-def test_every_turn_of_the_user_is_scored_and_an_empty_one_passes(tiny: "HF") -> None:
+def test_the_last_request_is_scored_and_an_empty_one_passes(tiny: "HF") -> None:
     inner = echo()
     strict = PerplexityFilter(inner, tiny, threshold=0.0)
     chats = [user(""), (*user("", prefill=GIBBERISH),), (*user(GIBBERISH), Message("assistant", "?"), Message("user", ""))]
 
-    assert [a.finish for a in strict.generate([Query(c) for c in chats])] == ["stop", "stop", "filter"]
+    assert [a.finish for a in strict.generate([Query(c) for c in chats])] == ["stop"] * 3
     assert strict.generate([Query((Message("user", ""), Message("user", "the wind")))])[0].finish == "filter"
     assert strict.scores([""]) == [0.0] and strict.scores([]) == []
 

@@ -3,9 +3,8 @@
 Source:  Jain et al. 2023, "Baseline Defenses for Adversarial Attacks Against Aligned Language Models",
          https://arxiv.org/abs/2309.00614; Alon and Kamfonas 2023, https://arxiv.org/abs/2308.14132
 Differs: every window is scored with all the text before it as context, not by itself, which would inflate its loss; the
-         threshold is the largest loss over the policy's own train requests, harmful and benign; every turn that users and tools wrote
-         is scored by itself, and the worst counts.
-Cost:    one forward pass of the scoring model per turn.
+         threshold is the largest loss over the policy's own train requests, harmful and benign. The last user message is scored, no earlier one.
+Cost:    one forward pass of the scoring model per request.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from saddlepoint.defenses._stack import admit, turns
+from saddlepoint.defenses._stack import admit, request
 from saddlepoint.errors import UsageError
 from saddlepoint.registry import defense
 from saddlepoint.types import Check, Completion, Frame, Query, Target, WhiteBox
@@ -51,9 +50,7 @@ class PerplexityFilter:
         if self.threshold is None:
             raise UsageError("perplexity_filter has no threshold; give threshold=..., or calibrate it: .calibrated(requests)")
         checks = []
-        for texts in (turns(q.chat) for q in queries):
-            scored = list(map(self._score, texts))
-            score, tokens = max(s for s, _ in scored), sum(n for _, n in scored)
+        for score, tokens in map(self._score, (request(q.chat) for q in queries)):
             said = f"a loss of {score:.2f} nats per token, above {self.threshold:.2f}"
             checks.append(Check(said if score > self.threshold else "", tokens))
         return checks
