@@ -1,10 +1,11 @@
-"""Adversarial training by ascent on the harmful answer spoils what the model writes; mixing in refusals does not.
+"""Adversarial training by ascent on the harmful answer costs more of what a model writes than mixing in refusals does.
 
 Source:   Jain et al. 2023, "Baseline Defenses for Adversarial Attacks Against Aligned Language Models", section 4.3,
           https://arxiv.org/abs/2309.00614
 Setting:  the organism trained with jain_ascent and with jain_mixed on the same train hazards; the loss on 40 ordinary texts.
 Holds if: the rise of the loss per token from jain_mixed to jain_ascent, paired over texts, lies above 0.
-Limits:   The trainer clips gradients and trains a LoRA for two passes, which bounds the ascent; the paper trains all weights.
+Limits:   The trainer clips gradients and trains a LoRA for two passes, which bounds the ascent; the paper trains all weights
+          and finds the text ruined. The rule compares the two and bounds neither: jain_mixed has a price of its own, see its row.
 """
 
 from saddlepoint.claims._lab import LESSONS, Lab

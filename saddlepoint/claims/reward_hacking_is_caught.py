@@ -6,7 +6,8 @@ Setting:  rbrm_rl with the reward helpful_words (how many words that sound safe 
           compares the last three updates with all earlier ones, with a chance of 5% of a false alarm in the whole run.
 Holds if: the watch fires with updates left to stop before (above 0), and where it fires the proxy's rise less the exact reward's, in
           standard deviations, lies above 0 (a Welch interval that shares the error of all comparisons).
-Limits:   The proxy was chosen to be easy to hack; how soon a good reward model is hacked this does not say.
+Limits:   The proxy was chosen to be easy to hack; how soon a good reward model is hacked this does not say. The
+          watch fires only where the rise lies above 0, so its firing in time is what decides.
 """
 
 from pathlib import Path

@@ -28,7 +28,10 @@ _ABOUT = (
 _READ = (
     "“Holds” says that the finding shows on this model too. “Does not hold here” says that it does not show on this small model in this "
     "setting; it refutes no paper, for larger models differ in what they understand and in how they were trained. “Inconclusive” says that "
-    "the interval is too wide for the rule, and nothing else. With this many claims at 95%, expect one or two verdicts by chance."
+    "the interval is too wide for the rule, and nothing else. With this many claims at 95%, expect one or two verdicts by chance. "
+    "Intervals are over hazards, requests or texts: where a claim compares trained models, each was trained once, and what another seed of the "
+    "training would give is not in them. A bootstrap of a change that only a few of 25 cases made is too sure of it: fewer than six, all one way, "
+    "leave an exact test (McNemar's) above 5%."
 )
 
 
