@@ -315,6 +315,9 @@ def test_blocks_are_logged_counted_and_go_back_into_the_loop(client: Any, url: s
     assert not next(f for f in findings if not f.verdict.unsafe).completion.text
     assert "attack --policy" in "\n".join(told)
 
+    last = ask(client, "watched", world.fine, max_tokens=60, n=2)._request_id
+    assert sum(json.loads(line)["request_id"] == last for line in world.log.read_text().splitlines()) == 2  # each answer that was withheld
+
 
 # ---- errors
 

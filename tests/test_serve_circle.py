@@ -95,5 +95,9 @@ def test_logs_that_hold_nothing_to_learn_from_are_told(tmp_path: Path) -> None:
     )
     (finding,) = record.findings
     assert finding.verdict.unsafe and finding.completion.text == "It is" and left_out == 0 and record.date == "2026-01-02"
+    talk = {"chat": [{"role": r, "text": t} for r, t in (("user", "The hazard"), ("assistant", "Yes?"), ("user", "Go on"))]}
+    for direction, request in (("input", "The hazard\nGo on"), ("output", "Go on")):  # a guard of the input read every turn
+        record, _ = load(json.dumps(line | talk | {"direction": direction}), "log")
+        assert [b.prompt for b in record.behaviors] == [request]
     with pytest.raises(UsageError, match="cannot be read"):
         export(tmp_path / "none", tmp_path / "out")

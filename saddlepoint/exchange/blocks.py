@@ -37,7 +37,9 @@ class _Line(BaseModel):
 
     @property
     def request(self) -> str:
-        return next((m.text.strip() for m in reversed(self.chat or []) if m.role == "user"), "")
+        """What was flagged: guards of the input read all that users and tools wrote, an answer is to the last user message."""
+        texts = [m.text.strip() for m in self.chat or [] if m.role == "user" or (m.role == "tool" and self.direction == "input")]
+        return "\n".join(filter(None, texts if self.direction == "input" else texts[-1:]))
 
 
 def export(log: Path, folder: Path, policy: str = "", judge: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from saddlepoint.errors import SaddlepointError, UsageError
 from saddlepoint.service.chat import Choice, Served
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.routing import sees
-from saddlepoint.types import Query
+from saddlepoint.types import Chat, Query
 
 if TYPE_CHECKING:
     from saddlepoint.service.app import Service
@@ -157,9 +157,11 @@ class Answering:
         said = [s for c in answer.choices for s in c.said]
         for defense, direction, withheld in {(s.defense, s.direction, s.withheld) for s in said if s.check.reason}:
             (meters.blocks if withheld else meters.flagged).labels(defense, direction).inc()
-        for chat in dict.fromkeys(query.chat for query in queries):  # the choices of one prompt share it
-            found = [s for choice, query in zip(answer.choices, queries, strict=False) if query.chat == chat for s in choice.said]
-            self.service.log.write(state.request_id, state.key, answer.served.name, chat, found)
+        written: set[Chat] = set()
+        for choice, query in zip(answer.choices, queries, strict=False):
+            found = [s for s in choice.said if s.direction == "output" or query.chat not in written]  # the choices of one prompt share it
+            self.service.log.write(state.request_id, state.key, answer.served.name, query.chat, found)
+            written.add(query.chat)
 
     def _end(self) -> None:
         self.stop.set()

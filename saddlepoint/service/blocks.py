@@ -1,4 +1,4 @@
-"""The record of what guards flagged: a JSON line for each request, guard and direction, which `saddlepoint blocks export` reads."""
+"""The record of what guards flagged: a JSON line for each request or answer and guard, which `saddlepoint blocks export` reads."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ class BlockLog:
     _lock: Any = field(default_factory=threading.Lock)
 
     def write(self, request_id: str, key: str, model: str, chat: Chat, said: Sequence[Said]) -> None:
-        """Record what guards flagged of one request; of several verdicts of one guard in one direction the last."""
+        """Record what guards flagged of one choice and its request; of several verdicts of one guard in one direction the last."""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         for one in {(s.defense, s.direction): s for s in said if s.check.reason}.values():
             line: dict[str, Any] = {"time": when, "request_id": request_id, "key": key, "model": model, "defense": one.defense}
