@@ -129,12 +129,20 @@ def test_echo_and_logprobs_score_a_prompt(client: Any, tiny: "HF") -> None:
     ] == len(text)
 
 
-def test_what_defenses_do_not_see_of_a_prompt_is_not_told(client: Any) -> None:
-    for more in ({"max_tokens": 0}, {"max_tokens": 4}, {"max_tokens": 4, "stream": True}):
-        with pytest.raises(openai.BadRequestError, match="stands behind defenses") as wrong:
-            client.completions.create(model="guarded", prompt="the fox", echo=True, logprobs=5, **more)
-        assert wrong.value.param == "logprobs"
-    assert client.completions.create(model="tiny", prompt="the fox", echo=True, logprobs=5, max_tokens=0).choices
+def test_what_guards_do_not_let_pass_of_a_prompt_is_not_told(client: Any, odd_and_fine: tuple[str, str, float]) -> None:
+    odd, fine, _ = odd_and_fine
+    asked: dict[str, Any] = {"echo": True, "logprobs": 3, "temperature": 0}
+    for most in (0, 3):
+        stopped = client.completions.create(model="guarded", prompt=odd, max_tokens=most, **asked)
+        assert stopped.choices[0].finish_reason == "content_filter" and stopped.choices[0].text == odd
+        assert not stopped.choices[0].logprobs.tokens and stopped.usage.completion_tokens == 0
+        passed, bare = (client.completions.create(model=m, prompt=fine, max_tokens=most, **asked) for m in ("guarded", "tiny"))
+        assert passed.choices == bare.choices and passed.usage == bare.usage
+    streamed = [c.choices[0] for c in client.completions.create(model="guarded", prompt=odd, max_tokens=3, stream=True, **asked)]
+    assert "".join(c.text for c in streamed) == odd and not any(c.logprobs for c in streamed)
+    with pytest.raises(openai.BadRequestError, match="without 'smooth_llm'") as wrong:
+        client.completions.create(model="smooth", prompt=fine, max_tokens=0, **asked)
+    assert wrong.value.param == "logprobs"
 
 
 def test_a_guard_of_answers_reads_the_text_that_is_gone_on_with(tiny: "HF") -> None:

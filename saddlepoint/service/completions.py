@@ -14,13 +14,13 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from saddlepoint.defenses._stack import layers
+from saddlepoint.defenses._stack import label, layers
 from saddlepoint.service.answering import Answering
 from saddlepoint.service.chat import Choice, Served, sampling
 from saddlepoint.service.errors import ApiError
 from saddlepoint.service.shape import biases, checked
 from saddlepoint.service.wire import Bias, ChatRequest, Penalty, StreamOptions
-from saddlepoint.types import Message, Query, Shaping
+from saddlepoint.types import InputGuard, Message, OutputGuard, Query, Shaping
 
 if TYPE_CHECKING:
     from saddlepoint.service.app import Service
@@ -116,11 +116,14 @@ def begin(request: CompletionRequest, served: Served) -> tuple[list[Query], "Tex
     model = weights(served, "a text without a chat")
     bent = Shaping(biases(request.logit_bias), request.presence_penalty or 0.0, request.frequency_penalty or 0.0)
     checked(bent, served.target, "logit_bias")
-    if request.echo and request.logprobs is not None and served.guards:
-        # What a model holds to be likely behind each token of a text is an answer to it, which no defense would see.
-        said = f"'{served.name}' stands behind defenses, and the log-probabilities of a prompt are the bare model's; leave 'echo' or 'logprobs' out"
+    *defenses, _ = layers(served.target)
+    others = [label(d) for d in defenses if not isinstance(d, InputGuard | OutputGuard)]
+    if request.echo and request.logprobs is not None and others:
+        said = f"the log-probabilities of a prompt are those of the model without '{others[0]}'; leave 'echo' or 'logprobs' out"
         raise ApiError(400, said, "unsupported_parameter", "logprobs")
-    most = 16 if request.max_tokens is None else request.max_tokens
+    # What a model holds to be likely behind each token of a text is an answer to it. Guards are asked of answers that are written, so
+    # behind them one token is, which is not shown.
+    most = (16 if request.max_tokens is None else request.max_tokens) or int(bool(defenses))
     draws = sampling(request, most, max(1, request.logprobs or 0) if request.as_chat.logprobs else 0, request.tries)
     prompts = [Prompt.of(prompt, model, request) for prompt in request.prompts]
     queries = [
@@ -236,7 +239,7 @@ class TextAnswer:
         """Tokens; a prompt is counted once, however many texts were written for it."""
         tries = self.request.tries
         prompt = sum(max(c.prompt_tokens for c in self.choices[i : i + tries]) for i in range(0, len(self.choices), tries))
-        made = sum(c.completion_tokens for c in self.choices)
+        made = sum(c.completion_tokens for c in self.choices) if self.request.max_tokens != 0 else 0
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
     @property
@@ -249,16 +252,21 @@ class TextAnswer:
         return self._frame([self._whole(choice, i) for i, choice in enumerate(best)], usage=self.usage)
 
     def _whole(self, choice: Choice, place: int) -> dict[str, Any]:
-        prompt = self._prompt(choice.index)
-        text = (prompt.text if self.request.echo else "") + choice.text
-        logprobs = self._logprobs(choice.index, [*(prompt.scores if self.request.echo else ()), *choice.logprobs])
-        return {"text": text, "index": place, "logprobs": logprobs, "finish_reason": choice.finish}
+        text, entries = (choice.text, choice.logprobs) if self.request.max_tokens != 0 else ("", [])
+        begun = self._prompt(choice.index).text if self.request.echo else ""
+        logprobs = self._logprobs(choice.index, [*self._scores(choice), *entries])
+        finish = "length" if self.request.max_tokens == 0 and choice.refusal is None else choice.finish
+        return {"text": begun + text, "index": place, "logprobs": logprobs, "finish_reason": finish}
+
+    def _scores(self, choice: Choice) -> list[dict[str, Any]]:
+        """The prompt's own tokens, where they are asked for and no guard has withheld what follows them."""
+        return self._prompt(choice.index).scores if choice.refusal is None else []
 
     def chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
         """One chunk of a stream for one choice; the first holds the prompt where it is echoed."""
         begun = "role" in delta and self.request.echo
         text = self._prompt(index).text if begun else delta.get("content") or ""
-        entries = self._prompt(index).scores if begun else (logprobs or {}).get("content") or []
+        entries = self._scores(self.choices[index]) if begun else (logprobs or {}).get("content") or []
         told = self._logprobs(index, entries) if entries else None
         usage = {"usage": None} if self._tells_usage else {}
         return self._frame([{"text": text, "index": index, "logprobs": told, "finish_reason": finish}], **usage)
