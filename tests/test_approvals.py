@@ -175,6 +175,8 @@ def test_only_what_a_guard_calls_unsafe_is_held(tmp_path: Path) -> None:
         "answer: scripted calls it unsafe with probability 1.00",
         "request: scripted calls it unsafe with probability 1.00",
     ]
+    talk = (Message("user", "a secret?"), Message("assistant", "Yes?"), Message("user", "go on"))
+    assert guard.generate([Query(talk)])[0].finish == "filter"  # an earlier turn is the request's too
 
 
 def test_a_broken_character_can_be_held(tmp_path: Path) -> None:

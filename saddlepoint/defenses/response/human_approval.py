@@ -4,7 +4,7 @@ Source:  Amershi et al. 2014, "Power to the People: The Role of Humans in Intera
          https://doi.org/10.1609/aimag.v35i4.2513 (for the human in the loop as such; the protocol is this project's)
 Differs: the person decides over single answers, from another process (`saddlepoint approvals`), and what was decided of an
          answer holds for every equal one; only what a guard calls unsafe needs to be held.
-Cost:    up to `wait` seconds for each batch of held answers; a pass of the guard over the request and over the answer.
+Cost:    up to `wait` seconds for each batch of held answers; a pass of the guard over each turn of the request and over the answer.
 """
 
 import time
@@ -16,7 +16,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from saddlepoint.approvals import hold, read
-from saddlepoint.defenses._stack import release, request
+from saddlepoint.defenses._stack import release, turns
 from saddlepoint.defenses.response._answer import classified, shown
 from saddlepoint.registry import defense
 from saddlepoint.types import Check, Completion, Query, Target
@@ -57,7 +57,7 @@ class HumanApproval:
 
     def released(self, queries: Sequence[Query], completions: Sequence[Completion]) -> list[Check]:
         texts = [shown(q, c) for q, c in zip(queries, completions, strict=True)]
-        checks = self._held([request(q.chat) for q in queries], texts)
+        checks = self._held([turns(q.chat) for q in queries], texts)
         chosen = [i for i, check in enumerate(checks) if check.reason]
         folder = Path(self.folder)
         held = hold(folder, [(self.inner.name, queries[i].chat, texts[i], checks[i].reason) for i in chosen]) if chosen else []
@@ -71,10 +71,16 @@ class HumanApproval:
             checks[i] = replace(checks[i], reason=said)
         return checks
 
-    def _held(self, requests: Sequence[str], texts: Sequence[str]) -> list[Check]:
+    def _held(self, requests: Sequence[Sequence[str]], texts: Sequence[str]) -> list[Check]:
         """Why each answer must be held."""
         if not self.guard:
             return [Check(ALWAYS) for _ in texts]
-        pairs = zip(*(classified(self.guard, read, "human_approval") for read in (requests, texts)), strict=True)
-        said = [(f"request: {a.reason}" if a.reason else b.reason and f"answer: {b.reason}", a.tokens + b.tokens) for a, b in pairs]
-        return [Check(*reason) for reason in said]
+        answers = classified(self.guard, texts, "human_approval")
+        turn = iter(classified(self.guard, [text for written in requests for text in written], "human_approval"))
+        checks = []
+        for written, answer in zip(requests, answers, strict=True):
+            asked = [next(turn) for _ in written]
+            stopped = next((f"request: {check.reason}" for check in asked if check.reason), "")
+            said = stopped or (answer.reason and f"answer: {answer.reason}")
+            checks.append(Check(said, answer.tokens + sum(check.tokens for check in asked)))
+        return checks
