@@ -3,7 +3,8 @@
 Source:  Jain et al. 2023, "Baseline Defenses for Adversarial Attacks Against Aligned Language Models",
          https://arxiv.org/abs/2309.00614; Alon and Kamfonas 2023, https://arxiv.org/abs/2308.14132
 Differs: every window is scored with all the text before it as context, not by itself, which would inflate its loss; the
-         threshold is the largest loss over the policy's own train requests, harmful and benign. The last user message is scored, no earlier one.
+         threshold is the largest loss over the policy's own train requests, harmful and benign, and with windows that of their worst
+         windows, where the paper compares windows with the threshold of whole requests. The last user message is scored, no earlier one.
 Cost:    one forward pass of the scoring model per request.
 """
 

@@ -3,7 +3,8 @@
 Source:  Wang et al. 2024, "Defending LLMs against Jailbreaking Attacks via Backtranslation", https://arxiv.org/abs/2402.16459
 Differs: the helper is shown examples, so that a model of 135M parameters infers too; the inferred request is asked under the
          conversation's own system prompts, so that what they allow stays allowed; a refusal is told by the words of the
-         judge `refusal`, which needs no model. The paper's threshold is off by default. What could not be checked is withheld.
+         judge `refusal`, which needs no model. The paper's threshold is off by default. Where the helper or the target fails
+         the answer is withheld; where the helper infers nothing there is nothing to ask, and it passes.
 Cost:    one query to the helper (about 400 tokens) and one to the inner target per answer that is no refusal.
 """
 
