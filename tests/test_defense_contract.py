@@ -18,6 +18,7 @@ from saddlepoint.types import Encoder, WhiteBox
 
 # Values that make a defense quick enough for a test. A model that is not named here is a tiny one (see `models`).
 QUICK: dict[str, dict[str, Any]] = {
+    "erase_and_check": {"max_erase": 3},
     "human_approval": {"folder": mkdtemp(), "wait": 0.0},
     "rain": {"searches": 1, "width": 2},
     "window_check": {"every": 2000, "reach": 200},

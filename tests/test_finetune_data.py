@@ -430,7 +430,7 @@ def _inside(data: bytes, checked: Checked) -> None:
         assert record.completion or record.preferred or record.item or any(record.learned)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.binary(max_size=200) | damaged(), st.sampled_from([None, *RULES]))
 def test_no_bytes_break_it_and_every_place_lies_in_the_file(data: bytes, format: Format | None) -> None:
     checked = check(data, format, 1)
@@ -439,7 +439,7 @@ def test_no_bytes_break_it_and_every_place_lies_in_the_file(data: bytes, format:
     assert sum(group.n for group in grouped(checked.mistakes)) == len(checked.mistakes)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(LINE, st.sampled_from(list(RULES)))
 def test_a_rule_points_at_a_value_or_a_key_that_is_there(line: Row, format: Format) -> None:
     text = json.dumps(json.loads(json.dumps(line).replace("NaN", "0").replace("-Infinity", "0").replace("Infinity", "0")))
@@ -450,7 +450,7 @@ def test_a_rule_points_at_a_value_or_a_key_that_is_there(line: Row, format: Form
         json.JSONDecoder().raw_decode(text, places[issue.path])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(damaged().map(lambda data: data.decode("utf-8", "replace")))
 def test_the_quick_reading_and_the_walk_agree(text: str) -> None:
     walked, quick = walk(text), value(text)

@@ -59,7 +59,7 @@ def test_whatever_is_sent_is_answered(name: str, mode: Any, at: str) -> None:
     seen: Counter[int] = Counter()
 
     @given(OPERATIONS[name].as_strategy(generation_mode=mode))
-    @settings(FEW, max_examples=80 if name in BODIES else 10)
+    @settings(FEW, max_examples=40 if name in BODIES else 10)
     def fuzz(case: Any) -> None:
         if isinstance(case.body, dict):
             if seen.total() % 3:  # else nearly all would end at an unknown model, or at an unknown parameter
