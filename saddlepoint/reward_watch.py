@@ -13,7 +13,6 @@ Source:  the gap: Gao et al. 2022, "Scaling Laws for Reward Model Overoptimizati
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from saddlepoint.errors import UsageError
+from saddlepoint.store import whole
 
 Sorted = dict[str, list[float]]
 """For each sort of prompts, one number for each of its prompts in an update: the mean over that prompt's answers."""
@@ -143,9 +143,7 @@ def log(out: Path) -> Path:
 
 def write(path: Path, updates: Sequence[Update], gap: Gap | None, about: dict[str, Any]) -> None:
     """Write a curve, whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
-    partial.write_text(json.dumps({**about, "gap": gap and asdict(gap), "updates": [asdict(u) for u in updates]}) + "\n")
-    partial.replace(path)
+    whole(path, json.dumps({**about, "gap": gap and asdict(gap), "updates": [asdict(u) for u in updates]}) + "\n")
 
 
 def read(path: Path) -> tuple[list[Update], Gap | None, dict[str, Any]]:

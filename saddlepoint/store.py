@@ -6,6 +6,7 @@ brings each back to where it was.
 """
 
 import fcntl
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -305,3 +306,10 @@ def alone(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def whole(file: Path, text: str) -> None:
+    """Write a file, whole or not at all, in place of what is there."""
+    partial = file.with_name(f".partial-{file.name}-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -23,6 +23,7 @@ from saddlepoint import __version__
 from saddlepoint.claims._lab import Lab
 from saddlepoint.claims._rows import Row, verdict
 from saddlepoint.errors import UsageError, unknown
+from saddlepoint.store import whole
 
 __all__ = ["Claim", "Lab", "Row", "chosen", "get", "names", "read", "report", "run"]
 SHIPPED = Path(__file__).parent / "results"  # what we measured ourselves, one file a claim
@@ -95,9 +96,7 @@ def run(claim: Claim, lab: Lab) -> dict[str, Any]:
         "version": __version__,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.rename(file)
+    whole(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 

@@ -20,7 +20,7 @@ from saddlepoint.loop import Listener, execute
 from saddlepoint.metrics import Outcome
 from saddlepoint.policies import Policy, load
 from saddlepoint.registry import parse
-from saddlepoint.store import Store
+from saddlepoint.store import Store, whole
 from saddlepoint.targets import open_target
 from saddlepoint.types import Artifact, Behavior, Case, Example, Finding
 
@@ -174,9 +174,7 @@ class Lab:
         file = self.out / "notes" / f"{_slug(name)}-{self._key(name)}.json"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(make()), encoding="utf-8")
-            partial.rename(file)
+            whole(file, json.dumps(make()))
         return json.loads(file.read_text(encoding="utf-8"))
 
     def model(self, target: str = "") -> "HF":

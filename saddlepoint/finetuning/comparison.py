@@ -35,7 +35,7 @@ from saddlepoint.loop import Listener, campaign, execute
 from saddlepoint.metrics import Estimate
 from saddlepoint.policies import load
 from saddlepoint.registry import parse
-from saddlepoint.store import Store, alone
+from saddlepoint.store import Store, alone, whole
 from saddlepoint.targets import open_target
 from saddlepoint.types import Finding
 
@@ -210,7 +210,7 @@ def _signals(base: str, tuned: Path, run: Store, settings: Comparison, file: Pat
         one, other = _weights(base), _weights(str(tuned))
         sides = [[(f.chat, f.completion.text) for f in side] for side in zip(*pairs, strict=True)]
         moved = [drift(one, other, side, settings.first_tokens) for side in sides]
-        _write(file, json.dumps(moved))
+        whole(file, json.dumps(moved))
     moved = json.loads(file.read_text(encoding="utf-8"))
     if not moved:
         return {}
@@ -244,9 +244,3 @@ def _opened(place: Path, config: Config) -> Store:
         Store.create(begun, config.model_dump()).close()
         begun.rename(place)
     return Store.open(place)
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

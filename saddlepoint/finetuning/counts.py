@@ -99,10 +99,13 @@ def told(
         data |= {"trained_tokens": asdict(trained), "cost": asdict(paid)}
     yield Note(said, data, warns=False)
     if filled:
-        shown = ", ".join(map(str, filled[:5])) + ", ..." * (len(filled) > 5)
-        yield Note(
-            f"{len(filled)} of {tokens.n} {kind}examples fill the context of {room} tokens; what lies beyond is cut off: lines {shown}"
-        )
+        said = f"{len(filled)} of {tokens.n} {kind}examples fill the context of {room} tokens; what lies beyond is cut off"
+        yield Note(f"{said}: {lines(filled)}")
+
+
+def lines(numbers: Sequence[int]) -> str:
+    """Lines of a file, the first few of them by their numbers."""
+    return "lines " + ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
 
 
 def measured(records: Sequence[Record], model: "HF", tell: Callable[[int], None] = lambda _: None) -> Counts:

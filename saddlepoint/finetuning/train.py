@@ -132,9 +132,8 @@ def _lessons(model: HF, records: "Sequence[Record]", of: str) -> list[Encoded]:
             wrong[record.line] = str(why)
     if wrong:
         first, *others = wrong
-        shown = ", ".join(map(str, others[:5])) + ", ..." * (len(others) > 5)
         said = wrong[first].replace(":", f"{of}:", 1)
-        raise TrainingError(said + (f"; {len(others)} more cannot be trained on: lines {shown}" if others else ""))
+        raise TrainingError(said + (f"; {len(others)} more cannot be trained on: {counts.lines(others)}" if others else ""))
     return made
 
 

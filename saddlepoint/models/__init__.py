@@ -72,6 +72,8 @@ ORGANISM = Path(__file__).parent / "organism"
 CLERK = Path(__file__).parent / "clerk"
 GUARD = Path(__file__).parent / "guard"
 HEAD = "head.safetensors"  # a guard's own weights; a folder that holds it is a guard
+# How weights of others are read: never unpickled, and no code of theirs, of which transformers would ask whoever sits at the terminal.
+SAFELY: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 WHOLE = "training.json"  # the card of a model whose every weight was fine-tuned; a card.json would make the folder an adapter
 
 

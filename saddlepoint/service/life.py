@@ -55,6 +55,18 @@ def mine(db: Connection, id: str, worker: str) -> Job:
     return job
 
 
+def holding(db: Connection, id: str) -> tuple[Job, Manifest]:
+    """A job, locked, and the model that it holds back.
+
+    Raises:
+        Refused: It holds none.
+    """
+    job = locked(db, id)
+    if job.held is None:
+        raise Refused(f"the job {id} holds no model back; its status is {job.status}", "invalid_state")
+    return job, job.held
+
+
 def changed(db: Connection, id: str, **values: Any) -> Job:
     """A job with new values."""
     db.execute(update(JOB).where(JOB.c.id == id).values(**values))

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from saddlepoint.finetuning.data import Record
 from saddlepoint.service.task import Failed, Task
+from saddlepoint.store import whole
 
 CHECKS = "moderation_checks"  # the type of the gate's events
 _RECORDS = TypeAdapter(tuple[Record, ...])
@@ -39,10 +40,7 @@ def protection(task: Task, least: Protection, records: Sequence[Record]) -> Prot
     """What the job is trained with: what it asks for and at least what the gate wants of it, where its examples can have it."""
     kept = task.folder / "protection.json"
     if not kept.is_file():
-        made = _decided(task, least, records)
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
-        partial.replace(kept)
+        whole(kept, json.dumps(asdict(_decided(task, least, records))))
     return Protection(**json.loads(kept.read_text(encoding="utf-8")))
 
 
@@ -66,9 +64,7 @@ def mixed_in(task: Task, care: Protection, records: tuple[Record, ...], policy: 
 
         made = mixed(records, task.setting.target(task.job.base), care.safety, policy, task.job.seed)
         task.tell(f"{len(made) - len(records)} safety examples are mixed in", type=CHECKS, key="mixed")
-        partial = kept.with_suffix(".partial")
-        partial.write_bytes(_RECORDS.dump_json(tuple(made)))
-        partial.replace(kept)
+        whole(kept, _RECORDS.dump_json(tuple(made)).decode())
     return _RECORDS.validate_json(kept.read_bytes())
 
 

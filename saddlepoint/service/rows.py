@@ -94,7 +94,8 @@ def stored(db: Connection, owner: str) -> int:
 
 
 def within(db: Connection, owner: str, more: int, quota: int) -> None:
-    """
+    """Check that an owner may keep more.
+
     Args:
         more: Bytes that the owner wants to keep besides.
         quota: Bytes that it may; 0 is no limit.

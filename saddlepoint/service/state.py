@@ -398,12 +398,10 @@ class State:
             Refused: The job's model is not held.
         """
         with writing(self._engine, alone=True) as db:
-            job = life.locked(db, id)
-            if job.held is None:
-                raise Refused(f"the job {id} holds no model back; its status is {job.status}", "invalid_state")
+            job, manifest = life.holding(db, id)
             said = f"The model was released by {who}: {why}"
             life.tell(db, id, said, "warn", "moderation_checks", {"released_by": who, "reason": why, "error": job.error})
-            life.publish(db, job, job.held, self._sizes(job.held))
+            life.publish(db, job, manifest, self._sizes(manifest))
             disuse(db, id, self._drop)
             done = "The job has successfully completed"
             life.end(db, self._drop, job, "succeeded", done, fine_tuned_model=job.name, error=None, held=None)
@@ -416,9 +414,7 @@ class State:
             Refused: The job's model is not held.
         """
         with writing(self._engine, alone=True) as db:
-            job = life.locked(db, id)
-            if job.held is None:
-                raise Refused(f"the job {id} holds no model back; its status is {job.status}", "invalid_state")
+            life.holding(db, id)
             life.tell(db, id, f"The held model was deleted: {why}", "warn")
             disuse(db, id, self._drop)
             life.forget_all(db, self._drop, id)

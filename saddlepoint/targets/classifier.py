@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
-from saddlepoint.models import HEAD, card, pull
+from saddlepoint.models import HEAD, SAFELY, card, pull
 from saddlepoint.targets import bare_name, folder_of
 from saddlepoint.types import Chat, Completion, Compute, Frame, Place, Query, Reduce, user
 
@@ -93,7 +93,6 @@ class Classifier:
         bare = bare_name(name)
         folder, chosen = folder_of(bare), name[len(bare) + 1 :]
         hf_logging.disable_progress_bar()
-        read = {"use_safetensors": True, "trust_remote_code": False}  # of the latter transformers would ask whoever sits at the terminal
         try:
             if (folder / HEAD).is_file():
                 written = card(folder)
@@ -101,12 +100,12 @@ class Classifier:
                 tensors = load_file(folder / HEAD)
                 head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
                 head.load_state_dict(tensors)
-                encoder = AutoModel.from_pretrained(base, dtype=torch.float32, **read)
+                encoder = AutoModel.from_pretrained(base, dtype=torch.float32, **SAFELY)
                 model: Any = MeanPooled(encoder, written["layer"], head)
                 chosen = chosen or written.get("passes", "")
             else:
                 base = folder
-                model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=allowed[dtype], **read)
+                model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=allowed[dtype], **SAFELY)
                 labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as wrong:

@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as hf_logging
 
 from saddlepoint.errors import ModelError, UsageError
-from saddlepoint.models import CLERK, EMBEDDED, ORGANISM, base_of, card, hub_snapshot, pull
+from saddlepoint.models import CLERK, EMBEDDED, ORGANISM, SAFELY, base_of, card, hub_snapshot, pull
 from saddlepoint.targets._decoding import Decoding, Row
 from saddlepoint.targets._lora import Adapter, adapted, read
 from saddlepoint.targets._plain import Plain
@@ -84,11 +84,7 @@ class HF:
         hf_logging.disable_progress_bar()
         try:
             # Adapters are merged in float32 and rounded once; merging in bfloat16 would lose their small steps.
-            read = {
-                "use_safetensors": True,
-                "trust_remote_code": False,
-            }  # of the latter transformers would ask whoever sits at the terminal
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if adapters else allowed[dtype], **read)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if adapters else allowed[dtype], **SAFELY)
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         except (OSError, ValueError) as wrong:
             raise ModelError(f"'{name}' cannot be loaded: {str(wrong).splitlines()[0]}") from wrong
